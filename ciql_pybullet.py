@@ -1,0 +1,1238 @@
+"""Conservative Implicit Q-Learning (CIQL), trained offline on the PyBullet D4RL data sets.
+
+CIQL is Implicit Q-Learning plus a clamped conservative penalty. With Q̄ = min(Q1, Q2) of the target critic,
+three losses are minimised on a logged data set:
+
+    V   diff = Q̄(s,a) − V(s)             loss = |τ − 1(diff<0)| · diff²
+    Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
+    π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
+
+y does not bootstrap after a true termination; ā are num_neg actions a state, drawn uniformly from the action box.
+
+Usage:
+    python ciql_pybullet.py                                      the settings below
+    python ciql_pybullet.py --dataset hopper-bullet-mixed-v0 --seed 3
+    python ciql_pybullet.py --help                               every setting
+
+References:
+    Kostrikov et al., Offline Reinforcement Learning with Implicit Q-Learning, 2021 (arXiv 2110.06169)
+    Kumar et al., Conservative Q-Learning for Offline Reinforcement Learning, 2020 (arXiv 2006.04779)
+    Fu et al., D4RL: Datasets for Deep Data-Driven Reinforcement Learning, 2020 (arXiv 2004.07219)
+    d4rl-pybullet, the data sets (github.com/takuseno/d4rl-pybullet)
+"""
+
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import http.client
+import importlib.util
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, cast
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.adam import adam
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """A bad setting, file or network; its message is one line that names the cause and the remedy."""
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """CIQL on the PyBullet D4RL data sets. Every setting below is also a flag: --max-steps 20000."""
+
+    # Data
+    dataset: str = "halfcheetah-bullet-medium-v0"  # one of the 12 ids, or the path of an .hdf5 file (with env_id)
+    env_id: str | None = None  # gymnasium environment of the data; known for the 12 ids
+    seed: int = 0  # of networks, batches, off-data actions and evaluation episodes
+    # CIQL
+    gamma: float = 0.99  # discount
+    tau: float = 0.8  # expectile of V; 0.5 is the mean, towards 1 the best action in the data
+    beta: float = 1.0  # inverse temperature of the policy weights; 0 gives behaviour cloning
+    alpha: float = 1.0  # weight of the conservative penalty; 0 gives IQL
+    num_neg: int = 10  # off-data actions a state in the penalty
+    polyak: float = 0.005  # share of the critic that moves into the target critic each step
+    max_weight: float = 100.0  # cap of the policy weights exp(beta * adv)
+    # Networks
+    hidden_sizes: tuple[int, ...] = (256, 256)  # ReLU layers of every network
+    min_log_std: float = -5.0  # floor of the policy's log standard deviation
+    # Schedule
+    lr: float = 3e-4  # Adam's learning rate, for all networks
+    batch_size: int = 256  # transitions a gradient step
+    max_steps: int = 500_000  # gradient steps
+    log_interval: int = 1_000  # gradient steps between lines of losses
+    eval_interval: int = 5_000  # gradient steps between evaluations
+    eval_episodes: int = 5  # episodes an evaluation
+    # Machine and output
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
+    compile: bool = True  # compile the gradient step (about 30 s at the start, needs a C++ compiler)
+    plot: Path = Path("eval_returns.png")  # picture of the evaluation returns
+    out_dir: Path = Path("runs")  # every run makes a folder in here: settings, metrics, checkpoint
+    wandb_project: str | None = None  # also log to this Weights & Biases project (needs: pip install wandb)
+    film: bool = False  # film an episode of the final policy, or of the evaluated one: policy.gif in the run folder
+    resume: Path | None = None  # go on from the checkpoint in this run folder, with its settings
+    evaluate: Path | None = None  # train nothing: play eval_episodes episodes of the policy in this run folder
+
+    PATHS: ClassVar = ("plot", "out_dir", "resume", "evaluate")
+    FREE: ClassVar = (*PATHS, "max_steps", "film", "wandb_project")  # may change when a run is resumed
+
+    def __post_init__(self) -> None:
+        positive, inf = "a whole number of at least 1", math.inf
+        rules: dict[str, tuple[bool, str]] = {
+            "seed": (0 <= self.seed < 2**32, "a whole number from 0 to 4294967295"),
+            "gamma": (0 <= self.gamma <= 1, "in [0, 1]"),
+            "tau": (0 < self.tau < 1, "in (0, 1)"),
+            "beta": (0 <= self.beta < inf, "at least 0"),
+            "alpha": (0 <= self.alpha < inf, "at least 0"),
+            "num_neg": (self.num_neg >= (self.alpha > 0), "at least 1 while alpha > 0"),
+            "polyak": (0 < self.polyak <= 1, "in (0, 1]"),
+            "max_weight": (1 <= self.max_weight < inf, "at least 1"),
+            "hidden_sizes": (len(self.hidden_sizes) > 0 and min(self.hidden_sizes) >= 1, "one or more positive sizes"),
+            "min_log_std": (-20 <= self.min_log_std <= 0, "in [-20, 0]"),
+            "lr": (0 < self.lr < inf, "greater than 0"),
+            "batch_size": (self.batch_size >= 1, positive),
+            "max_steps": (self.max_steps >= 1, positive),
+            "log_interval": (self.log_interval >= 1, positive),
+            "eval_interval": (self.eval_interval >= 1, positive),
+            "eval_episodes": (self.eval_episodes >= 1, positive),
+        }
+        for name, (valid, requirement) in rules.items():
+            if not valid:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be {requirement}")
+        if self.dataset not in DOWNLOAD_URLS:
+            if Path(self.dataset).suffix not in (".hdf5", ".h5"):
+                near = difflib.get_close_matches(self.dataset, DOWNLOAD_URLS, n=3, cutoff=0.3) or DOWNLOAD_URLS
+                raise InputError(
+                    f"dataset is {self.dataset}, but must be an .hdf5 file or an id like {', '.join(near)}"
+                )
+            if not self.env_id:
+                raise InputError(
+                    f"env_id is not set, but must name the environment that {self.dataset} was recorded in"
+                )
+
+    def check_machine(self) -> None:
+        """Raise InputError for what this machine does not have: the device, or a place to write to."""
+        find_device(self.device)
+        if self.plot.suffix not in (".png", ".pdf", ".svg") or not os.access(self.plot.parent, os.W_OK | os.X_OK):
+            raise InputError(f"plot is {self.plot}, but must be a .png, .pdf or .svg in a folder that can be written")
+        there = next(
+            folder for folder in (self.out_dir.absolute(), *self.out_dir.absolute().parents) if folder.exists()
+        )
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise InputError(f"out_dir is {self.out_dir}, but {there} is no folder that can be written; choose another")
+        if self.wandb_project and not importlib.util.find_spec("wandb"):
+            raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
+
+    @property
+    def environment(self) -> str:
+        """The id of the environment to evaluate in."""
+        return self.env_id or ROBOTS[self.dataset.split("-")[0]].env_id
+
+    @property
+    def robot(self) -> "Robot | None":
+        """What is known of the environment, if it is one of the four robots'."""
+        return next((robot for robot in ROBOTS.values() if robot.env_id == self.environment), None)
+
+    def check_resumes(self, checkpoint: dict[str, Any]) -> None:
+        """Raise InputError unless these settings go on from ``checkpoint`` as if it had never stopped."""
+        saved = Config.from_json(checkpoint["config"])
+        pairs = {f.name: (getattr(saved, f.name), getattr(self, f.name)) for f in dataclasses.fields(self)}
+        changed = [
+            f"{name} {new} (was {old})" for name, (old, new) in pairs.items() if old != new and name not in self.FREE
+        ]
+        if changed:
+            raise InputError(f"{self.resume} was trained with other settings; resume without {', '.join(changed)}")
+        if self.max_steps < checkpoint["step"]:
+            raise InputError(
+                f"max_steps is {self.max_steps}, but {self.resume} is at step {checkpoint['step']}; raise it"
+            )
+
+    def algorithm_changes(self) -> str:
+        """The settings of algorithm and networks that differ from the defaults."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        names = list(fields)[list(fields).index("gamma") : list(fields).index("max_steps")]
+        return ", ".join(f"{n} {getattr(self, n)}" for n in names if getattr(self, n) != fields[n].default)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        values = json.loads(text)
+        paths = {name: Path(values[name]) for name in cls.PATHS if values[name] is not None}
+        return cls(**values | paths | {"hidden_sizes": tuple(values["hidden_sizes"])})
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+class Transitions(NamedTuple):
+    """N transitions, float32."""
+
+    observations: Tensor  # (N, observation_dim)
+    actions: Tensor  # (N, action_dim), in [-1, 1]
+    rewards: Tensor  # (N,)
+    next_observations: Tensor  # (N, observation_dim)
+    terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or met the time limit
+
+
+class Robot(NamedTuple):
+    """Environment of a data set, with the returns that make its score: random is 0, expert is 100."""
+
+    env_id: str
+    observation_dim: int
+    action_dim: int
+    random_return: float
+    expert_return: float
+
+    def score(self, episode_return: Any) -> Any:
+        """D4RL's normalised score, 100 · (return − random) / (expert − random)."""
+        return 100 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
+
+    def unscore(self, score: Any) -> Any:
+        """The return of a normalised score."""
+        return self.random_return + score / 100 * (self.expert_return - self.random_return)
+
+
+# Random: published mean of the random set (ant: measured in today's simulator, the published 10.4 is of another
+# dynamics). Expert: stable-baselines3's agents, d4rl-pybullet issue 2.
+ROBOTS = {
+    "halfcheetah": Robot("HalfCheetahBulletEnv-v0", 26, 6, -1304.0, 3000.0),
+    "hopper": Robot("HopperBulletEnv-v0", 15, 3, 18.6, 2500.0),
+    "walker2d": Robot("Walker2DBulletEnv-v0", 22, 6, 15.0, 2500.0),
+    "ant": Robot("AntBulletEnv-v0", 28, 8, 432.0, 3300.0),
+}
+DOWNLOAD_URLS = {  # published by d4rl-pybullet
+    f"{name}-v0": f"https://www.dropbox.com/s/{key}/{name}-v0.hdf5?dl=1"
+    for name, key in {
+        "halfcheetah-bullet-random": "jnvpb1hp60zt2ak",
+        "halfcheetah-bullet-medium": "v4xgssp1w968a9l",
+        "halfcheetah-bullet-mixed": "scj1rqun963aw90",
+        "hopper-bullet-random": "bino8ojd7iq4p4d",
+        "hopper-bullet-medium": "w22kgzldn6eng7j",
+        "hopper-bullet-mixed": "xv3p0h7dzgxt8xb",
+        "walker2d-bullet-random": "1gwcfl2nmx6878m",
+        "walker2d-bullet-medium": "v0f2kz48b1hw6or",
+        "walker2d-bullet-mixed": "i4u2ii0d85iblou",
+        "ant-bullet-random": "2xpmh4wk2m7i8xh",
+        "ant-bullet-medium": "6n79kwd94xthr1t",
+        "ant-bullet-mixed": "pmy3dzab35g4whk",
+    }.items()
+}
+SAMPLE_ID = "halfcheetah-bullet-medium-v0"
+SAMPLE = Path(__file__).resolve().parent / "data" / "halfcheetah-bullet-medium-sample.hdf5"
+NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Read and check the four columns of a d4rl-pybullet HDF5 file, as stored: N rows, float32.
+
+    Returns observations (N, observation_dim), actions (N, action_dim), rewards (N,) and terminals (N,).
+    Raises InputError, naming file and key, for a file that cannot be read or holds no usable data.
+    """
+    columns: dict[str, np.ndarray] = {}
+    try:
+        with h5py.File(path) as file:
+            for key in ("observations", "actions", "rewards", "terminals"):
+                if not isinstance(file.get(key), h5py.Dataset):
+                    raise InputError(f"{path}: the key '{key}' is missing; is it a d4rl-pybullet file?")
+                columns[key] = file[key].astype(np.float32)[()]
+    except InputError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read as HDF5 numbers ({error}); is it a whole d4rl-pybullet file?"
+        ) from error
+
+    for key in ("rewards", "terminals"):  # stored as (N, 1) or (N,)
+        if columns[key].ndim == 2 and columns[key].shape[1] == 1:
+            columns[key] = columns[key][:, 0]
+    shapes = {key: column.shape for key, column in columns.items()}
+    rows = len(columns["observations"]) if columns["observations"].ndim else 0
+    for key, dims in {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}.items():
+        if len(shapes[key]) != dims or shapes[key][0] != rows:
+            raise InputError(
+                f"{path}: '{key}' has shape {shapes[key]}, which does not fit {rows} rows of {dims} dimensions"
+            )
+        if not np.isfinite(columns[key]).all():
+            raise InputError(f"{path}: '{key}' holds NaN or infinite values; remove those episodes")
+    if rows and np.abs(columns["actions"]).max(initial=0) > 1 + 1e-5:
+        raise InputError(f"{path}: 'actions' reach outside [-1, 1]; rescale them to the action box")
+    if not np.isin(columns["terminals"], (0, 1)).all():
+        raise InputError(f"{path}: 'terminals' holds values other than 0 and 1; mark end rows with 1")
+    if not (columns["terminals"][:-1] == 0).any():
+        raise InputError(f"{path}: {rows} rows hold no complete transition; two rows of one episode are the least")
+    return columns
+
+
+def read_transitions(path: str | Path, max_episode_steps: int = 1000) -> Transitions:
+    """Read the transitions of a d4rl-pybullet HDF5 file.
+
+    Row i of the file holds (observation_i, action_i, r, d) where r and d arrived WITH observation_i, from the step
+    before. So the transition that starts in row i takes its reward and its end from row i + 1. An episode of T steps
+    closes with an extra row (last observation, zero action, terminal 1): T + 1 rows, of which the last starts no
+    transition. Nor does the last row of a file cut in mid-episode. Terminal is 1 at the time limit as well: an
+    episode of ``max_episode_steps`` steps was cut, not ended, and its last transition is no termination.
+
+    Returns one row a transition, on the CPU. Raises InputError for a file that holds no usable data.
+    Format: github.com/takuseno/d4rl-pybullet.
+    """
+    columns = read_columns(Path(path))
+    end_row = columns["terminals"] == 1
+    start = np.flatnonzero(~end_row[:-1])
+    end = np.flatnonzero(end_row)
+    steps = np.diff(end, prepend=-1) - 1
+    termination = np.zeros(len(end_row), np.float32)
+    termination[end[steps < max_episode_steps]] = 1
+    observations = columns["observations"]
+    transitions = (
+        observations[start],
+        columns["actions"][start],
+        columns["rewards"][start + 1],
+        observations[start + 1],
+        termination[start + 1],
+    )
+    return Transitions(*map(torch.from_numpy, transitions))
+
+
+def episode_returns(path: str | Path) -> np.ndarray:
+    """Undiscounted returns (E,) of the whole episodes of a d4rl-pybullet HDF5 file."""
+    with h5py.File(path) as file:
+        rewards, terminals = (np.ravel(file[key][()]) for key in ("rewards", "terminals"))
+    end = np.flatnonzero(terminals == 1)
+    start = np.concatenate([[0], end[:-1] + 1])[: len(end)]
+    total = np.cumsum(rewards, dtype=np.float64)
+    return total[end] - total[start]  # the reward in an episode's first row belongs to no step of it
+
+
+class DataSource(NamedTuple):
+    """The file that a run learns from."""
+
+    path: Path
+    returns: np.ndarray  # of its whole episodes, (E,)
+    checksum: int  # CRC-32 of its actions and rewards
+
+    def describe(self) -> str:
+        if not len(self.returns):
+            return "no whole episode"
+        return f"{len(self.returns):,} episodes, mean return {self.returns.mean():.1f} ± {self.returns.std():.1f}"
+
+    @property
+    def is_sample(self) -> bool:
+        return self.path == SAMPLE
+
+
+def load_data(config: Config, path: Path, dims: tuple[int, int, int]) -> tuple[Transitions, DataSource]:
+    """Read ``path``, check it against ``dims`` of the environment, and print what it holds."""
+    observation_dim, action_dim, max_episode_steps = dims
+    data = read_transitions(path, max_episode_steps)
+    for key, dim in {"observations": observation_dim, "actions": action_dim}.items():
+        found = getattr(data, key).shape[1]
+        if found != dim:
+            raise InputError(
+                f"{path}: '{key}' has {found} columns, but {config.environment} has {dim}; set --env-id to its own"
+            )
+    source = DataSource(
+        path, episode_returns(path), zlib.crc32(b"".join(column.numpy().tobytes() for column in data[1:3]))
+    )
+    say(f"data   {path}")
+    say(
+        f"       {len(data.rewards):,} transitions, {int(data.terminations.sum()):,} of them terminations; {source.describe()}"
+    )
+    if source.is_sample:
+        say(f"NOTE   this is the embedded sample, a re-collection of 100 episodes, not the published {SAMPLE_ID}")
+    if config.dataset in DOWNLOAD_URLS and config.dataset.startswith("ant-"):
+        say(
+            "NOTE   the published ant files were recorded under other dynamics than today's simulator (random: 10, today 432)"
+        )
+    return data, source
+
+
+def find_dataset(dataset: str) -> Path:
+    """The file of ``dataset``, a path or one of the 12 ids: from the cache, the network or the embedded sample.
+
+    Raises InputError if there is none.
+    """
+    if dataset not in DOWNLOAD_URLS:
+        return Path(dataset)
+    cached = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / f"{dataset}.hdf5"
+    if cached.exists():
+        return cached
+    try:
+        download(DOWNLOAD_URLS[dataset], cached)
+        return cached
+    except InputError as error:
+        if dataset == SAMPLE_ID and SAMPLE.exists():
+            say(f"NOTE  {error}")
+            return SAMPLE
+        remedy = f"download {DOWNLOAD_URLS[dataset]} and put it at {cached}"
+        raise InputError(f"no file for {dataset} ({error}); {remedy}") from error
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch the data set at ``url`` into ``path``, which appears only once it is whole and readable."""
+    part = None
+    try:
+        with open_url(url) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
+                part = Path(file.name)
+                size = int(response.headers.get("Content-Length") or 0)
+                bar = tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None, leave=False)
+                with bar:
+                    while piece := response.read(1 << 20):
+                        bar.update(file.write(piece))
+                if size and file.tell() != size:
+                    raise InputError(f"the download of {path.name} stopped after {file.tell():,} of {size:,} bytes")
+                file.flush()
+                os.fsync(file.fileno())
+        read_columns(part)
+        os.replace(part, path)
+    except InputError as error:
+        raise InputError(str(error).replace(str(part), f"the download from {url}")) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"cannot download {path.name}: {error}") from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def open_url(url: str) -> Any:
+    """Open ``url`` within NETWORK_TIMEOUT, looking up its host included, which urlopen's own time-out is not."""
+    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def connect() -> None:
+        try:
+            result.set_result(urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT))
+        except Exception as error:  # noqa: BLE001  (raised again by result())
+            result.set_exception(error)
+
+    threading.Thread(target=connect, daemon=True).start()  # no executor: that would be waited for at exit
+    try:
+        return result.result(2 * NETWORK_TIMEOUT - 1)
+    except concurrent.futures.TimeoutError as error:
+        raise TimeoutError(f"no answer within {2 * NETWORK_TIMEOUT - 1:g} s") from error
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+def mlp(inputs: int, hidden_sizes: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear layers with ReLU between: (B, inputs) -> (B, outputs)."""
+    sizes = [inputs, *hidden_sizes, outputs]
+    layers: list[nn.Module] = []
+    for size_in, size_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(size_in, size_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+class ValueNetwork(nn.Module):
+    """V(s)."""
+
+    def __init__(self, observation_dim: int, hidden_sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.v = mlp(observation_dim, hidden_sizes, 1)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """(B, observation_dim) -> (B,)."""
+        return self.v(observations).squeeze(-1)
+
+
+class DoubleQNetwork(nn.Module):
+    """Q1(s, a) and Q2(s, a)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.dims = (observation_dim, action_dim)
+        self.q1 = mlp(observation_dim + action_dim, hidden_sizes, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_sizes, 1)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, observation_dim), (B, action_dim) -> two (B,)."""
+        inputs = torch.cat([observations, actions], -1)
+        return self.q1(inputs).squeeze(-1), self.q2(inputs).squeeze(-1)
+
+    def many(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """K actions a state: (B, observation_dim), (B, K, action_dim) -> two (B, K).
+
+        The first layer splits, W [s; a] = W_s s + W_a a: the state's part is computed once, not K times.
+        """
+        values = []
+        for q in (self.q1, self.q2):
+            first, rest = cast(nn.Linear, q[0]), q[1:]
+            w_s, w_a = first.weight.split(self.dims, dim=1)
+            hidden = F.linear(actions, w_a) + F.linear(observations, w_s, first.bias)[:, None]
+            values.append(rest(hidden).squeeze(-1))
+        return values[0], values[1]
+
+
+class GaussianPolicy(nn.Module):
+    """π(a|s) = N(tanh(μ(s)), σ²), with one σ an action dimension, as in IQL. It acts with its mean, tanh(μ(s))."""
+
+    observation_mean: Tensor
+    observation_std: Tensor
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.mu = mlp(observation_dim, hidden_sizes, action_dim)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        # what the training data were normalised with, so that a policy acts on the simulator's own observations
+        self.register_buffer("observation_mean", torch.zeros(observation_dim))
+        self.register_buffer("observation_std", torch.ones(observation_dim))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Mean actions: normalised observations (B, observation_dim) -> (B, action_dim) in [-1, 1]."""
+        return torch.tanh(self.mu(observations))
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """log π(a|s): (B, observation_dim), (B, action_dim) -> (B,)."""
+        z = (actions - self(observations)) * torch.exp(-self.log_std)
+        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    @torch.no_grad()
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """The mean action (action_dim,) for one observation (observation_dim,) as the environment gives it."""
+        x = torch.as_tensor(observation, dtype=torch.float32, device=self.log_std.device)
+        return self((x - self.observation_mean) / self.observation_std).cpu().numpy()
+
+
+# -------------------------------------------------------------------------------------------------- losses
+
+
+def expectile_loss(diff: Tensor, tau: float) -> Tensor:
+    """mean of |τ − 1(diff<0)| · diff²: (B,) -> (). IQL, equation 5, with diff = Q̄(s,a) − V(s)."""
+    return (torch.where(diff < 0, 1 - tau, tau) * diff**2).mean()
+
+
+def conservative_penalty(q_neg: Tensor, q_data: Tensor) -> Tensor:
+    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)): (B, K), (B,) -> (), of one critic. CQL's gap, clamped at zero."""
+    return F.relu(q_neg.mean() - q_data.mean())
+
+
+def awr_weights(advantage: Tensor, beta: float, max_weight: float) -> Tensor:
+    """min(exp(β · max(0, A)), max_weight): (B,) -> (B,), with A = Q̄(s,a) − V(s). IQL, equation 7, clamped."""
+    return torch.exp(beta * advantage.clamp(min=0)).clamp(max=max_weight)
+
+
+# --------------------------------------------------------------------------------------------------- agent
+
+
+# what a step reports, each a mean over the batch
+METRICS = ("value_loss", "q_loss", "policy_loss", "penalty", "q", "v", "advantage", "clamp_open", "policy_std")
+
+
+class CIQL:
+    """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step."""
+
+    NETWORKS = ("policy", "value", "critic", "target_critic")
+    ADAM = ("exp_avgs", "exp_avg_sqs", "adam_steps")
+
+    def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
+        self.config = config
+        self.device = find_device(config.device)
+        self.on_cpu = self.device.type == "cpu"
+        sizes = config.hidden_sizes
+        self.policy = GaussianPolicy(observation_dim, action_dim, sizes).to(self.device)
+        self.value = ValueNetwork(observation_dim, sizes).to(self.device)
+        self.critic = DoubleQNetwork(observation_dim, action_dim, sizes).to(self.device)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.parameters: list[Tensor] = [p for net in (self.policy, self.value, self.critic) for p in net.parameters()]
+        self.exp_avgs = [torch.zeros_like(p) for p in self.parameters]  # Adam's state
+        self.exp_avg_sqs = [torch.zeros_like(p) for p in self.parameters]
+        self.adam_steps = [torch.zeros((), device=self.device) for _ in self.parameters]
+        self.clamp_open = False  # was it at the last step?
+
+    def describe(self) -> str:
+        where = (
+            f"{torch.get_num_threads()} threads"
+            if self.device.type == "cpu"
+            else torch.cuda.get_device_name(self.device)
+        )
+        return f"{self.device.type} ({where}), {sum(p.numel() for p in self.parameters):,} parameters"
+
+    def prepare(self, data: Transitions) -> Transitions:
+        """Normalise the observations (in place), tell the policy how, and move the data to the device."""
+        std, mean = torch.std_mean(data.observations, 0)
+        std += 1e-3
+        self.policy.observation_mean.copy_(mean)
+        self.policy.observation_std.copy_(std)
+        for observations in (data.observations, data.next_observations):
+            observations.sub_(mean).div_(std)
+        return Transitions(*(column.to(self.device) for column in data))
+
+    def losses(
+        self, batch: Transitions, negative_actions: Tensor, open_clamp: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the three losses, and each with the figures worth a log line. All scalars.
+
+        With ``open_clamp`` false the penalty enters as a number without a gradient.
+        """
+        c, (s, a, r, s_next, terminated) = self.config, batch
+        with torch.no_grad():
+            q_bar = torch.minimum(*self.target_critic(s, a))
+            y = r + c.gamma * (1 - terminated) * self.value(s_next)
+
+        v = self.value(s)
+        value_loss = expectile_loss(q_bar - v, c.tau)
+
+        q1, q2 = self.critic(s, a)
+        penalty = torch.zeros_like(value_loss)
+        if c.alpha > 0:
+            with torch.set_grad_enabled(open_clamp):
+                neg1, neg2 = self.critic.many(s, negative_actions)
+                penalty = conservative_penalty(neg1, q1) + conservative_penalty(neg2, q2)
+        q_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean() + c.alpha * penalty
+
+        advantage = (q_bar - v).detach()
+        weights = awr_weights(advantage, c.beta, c.max_weight)
+        policy_loss = -(weights * self.policy.log_prob(s, a)).mean()
+
+        metrics = {
+            "value_loss": value_loss,
+            "q_loss": q_loss,
+            "policy_loss": policy_loss,
+            "penalty": penalty,
+            "q": (q1.mean() + q2.mean()) / 2,
+            "v": v.mean(),
+            "advantage": advantage.mean(),
+            "clamp_open": (penalty > 0).float(),
+            "policy_std": self.policy.log_std.exp().mean(),
+        }
+        return value_loss + q_loss + policy_loss, {name: metric.detach() for name, metric in metrics.items()}
+
+    def gradients(
+        self, batch: Transitions, negative_actions: Tensor, open_clamp: bool
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Gradients of ``losses`` for every parameter: one backward pass, as no loss reaches another's network."""
+        loss, metrics = self.losses(batch, negative_actions, open_clamp)
+        return torch.autograd.grad(loss, self.parameters), metrics
+
+    def update(self, batch: Transitions) -> dict[str, Tensor]:
+        """One gradient step on B transitions (observations normalised); returns the losses, scalars on the device."""
+        shape = (len(batch.actions), self.config.num_neg, batch.actions.shape[1])
+        negative_actions = torch.rand(shape, device=self.device) * 2 - 1
+        if self.on_cpu:
+            # ReLU'(x) = 0 for x <= 0: with the clamp closed, leaving out the penalty's backward pass (over half of the
+            # work) is exact. Start from what the last step found, and go again if an open clamp was taken for closed.
+            gradients, metrics = self.gradients(batch, negative_actions, self.clamp_open)
+            is_open = is_positive(metrics["penalty"])
+            if is_open and not self.clamp_open:
+                gradients, metrics = self.gradients(batch, negative_actions, True)
+            self.clamp_open = is_open
+        else:  # a branch would make the host wait for the device
+            gradients, metrics = self.gradients(batch, negative_actions, True)
+        self.apply(gradients)
+        return metrics
+
+    @torch.no_grad()
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        """One step of Adam over all parameters, then Polyak averaging of the target critic."""
+        # Adam's fused kernel cannot be traced. A compiled CPU step calls it as it is: it beats what the compiler makes of
+        # Adam. On CUDA the step must stay one graph.
+        traced = torch.compiler.is_compiling() and not self.on_cpu
+        adam(
+            self.parameters, list(gradients), self.exp_avgs, self.exp_avg_sqs, [], self.adam_steps,
+            fused=not traced, foreach=traced, capturable=traced, amsgrad=False, maximize=False,
+            beta1=0.9, beta2=0.999, lr=self.config.lr, weight_decay=0.0, eps=1e-8,
+        )  # fmt: skip
+        # The data's actions are often a function of the state, which drives σ to 0. A projection, not a clamp in the
+        # likelihood: that would kill the gradient, and σ could not grow again.
+        self.policy.log_std.clamp_(min=self.config.min_log_std)
+        target: list[Tensor] = list(self.target_critic.parameters())
+        online: list[Tensor] = list(self.critic.parameters())
+        torch._foreach_lerp_(target, online, self.config.polyak)
+
+    def step(self, data: Transitions) -> dict[str, Tensor]:
+        """``update`` on a batch drawn from ``data``, which lies on the device."""
+        index = torch.randint(len(data.rewards), (self.config.batch_size,), device=self.device)
+        return self.update(Transitions(*(column[index] for column in data)))
+
+    def compiled_step(self, data: Transitions) -> Callable[[Transitions], dict[str, Tensor]]:
+        """``step`` under torch.compile; or as it is, with a line that says why, where that fails. Leaves no trace.
+
+        On CUDA it is one graph. On the CPU it breaks at the branch on the clamp and at Adam's fused kernel.
+        """
+        torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
+        torch._dynamo.config.trace_autograd_ops = True  # the backward pass in the graph of the step
+        torch._inductor.config.fallback_random = True  # the eager step's random numbers
+        torch._inductor.config.cpp_wrapper = self.on_cpu  # no Python between the kernels
+        step = torch.compile(self.step, fullgraph=not self.on_cpu)
+        before = copy.deepcopy(self.state_dict())
+        with torch.random.fork_rng():
+            try:
+                step(data)
+            except Exception as error:  # noqa: BLE001  (any of the compiler's; a bug of ours comes up again eagerly)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
+                step = self.step
+        self.load_state_dict(before)
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, but for the random state."""
+        return {
+            **{name: getattr(self, name).state_dict() for name in self.NETWORKS},
+            **{name: getattr(self, name) for name in self.ADAM},
+            "clamp_open": self.clamp_open,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.NETWORKS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self.ADAM:
+            torch._foreach_copy_(getattr(self, name), state[name])
+        self.clamp_open = state["clamp_open"]
+
+
+@torch.compiler.disable
+def is_positive(value: Tensor) -> bool:
+    """Read ``value`` on the host. Outside the compiled graphs, since the step branches on it."""
+    return bool(value > 0)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU. Raises InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros((), device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
+        raise InputError(
+            f"device is {name}, which is not on this machine; use auto, cpu or a CUDA device there is"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def make_environment(env_id: str, render_mode: str | None = None) -> Any:
+    """The gymnasium environment ``env_id``. Raises InputError if there is none of that name or it does not fit."""
+    import gymnasium
+    import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
+
+    try:
+        env: Any = gymnasium.make(env_id, render_mode=render_mode)
+    except gymnasium.error.Error as error:
+        raise InputError(f"env_id is {env_id}, which gymnasium cannot make: {' '.join(str(error).split())}") from error
+    space = env.action_space
+    if not all(isinstance(box, gymnasium.spaces.Box) and len(box.shape) == 1 for box in (space, env.observation_space)):
+        raise InputError(f"env_id is {env_id}, whose observations or actions are not vectors; CIQL needs vectors")
+    if not (np.all(space.low == -1) and np.all(space.high == 1)):
+        raise InputError(f"env_id is {env_id}, whose action box is not [-1, 1]; wrap it in gymnasium's RescaleAction")
+    return env
+
+
+def describe_environment(env_id: str) -> tuple[int, int, int]:
+    """(observation_dim, action_dim, max_episode_steps) of ``env_id``."""
+    env = make_environment(env_id)
+    steps = env.spec.max_episode_steps or sys.maxsize
+    env.close()
+    return env.observation_space.shape[0], env.action_space.shape[0], steps
+
+
+def play_episode(policy: bytes, env_id: str, seed: int) -> float:
+    """The undiscounted return of one episode: a pure function of the (pickled) policy, environment and seed."""
+    actor: GaussianPolicy = pickle.loads(policy)
+    env = make_environment(env_id)  # afresh (20 ms), so that no episode depends on the ones before it
+    env.reset(seed=seed)  # the first episode of an environment is off by a constant: reset and throw it away
+    observation, _ = env.reset(seed=seed)
+    total, ended = 0.0, False
+    while not ended:
+        observation, reward, terminated, truncated, _ = env.step(actor.act(observation))
+        total += float(reward)
+        ended = terminated or truncated
+    env.close()
+    return total
+
+
+class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
+    """Worker processes for episodes, one core each. The simulator lives in them alone, and so does what it prints."""
+
+    def __init__(self, env_id: str, episodes: int) -> None:
+        workers = min(episodes, torch.get_num_threads())
+        super().__init__(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
+        self.env_id = env_id
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown(cancel_futures=True)
+
+    def returns(self, policy: GaussianPolicy, seeds: Sequence[int]) -> list[float]:
+        """The return of one episode a seed, played by the mean action of ``policy``."""
+        episode = functools.partial(play_episode, pickle.dumps(copy.deepcopy(policy).cpu()), self.env_id)
+        return list(self.map(episode, seeds))
+
+    def film(self, policy: GaussianPolicy, seed: int, path: Path) -> None:
+        """Film one episode of ``policy``."""
+        self.submit(film_episode, pickle.dumps(copy.deepcopy(policy).cpu()), self.env_id, seed, path).result()
+        say(f"film   {path}")
+
+
+def film_episode(policy: bytes, env_id: str, seed: int, path: Path) -> None:
+    """Write an animated GIF of one episode, in real time, headless."""
+    from PIL import Image
+
+    actor: GaussianPolicy = pickle.loads(policy)
+    env = make_environment(env_id, render_mode="rgb_array")
+    observation, _ = env.reset(seed=seed)
+    frames, ended, t = [], False, 0
+    while not ended and t < 600:
+        if t % 3 == 0:  # the simulator's 60 steps a second, at 20 frames a second
+            frames.append(Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE))
+        observation, _, terminated, truncated, _ = env.step(actor.act(observation))
+        ended, t = terminated or truncated, t + 1
+    env.close()
+    write_whole(
+        path, lambda file: frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
+    )
+
+
+def start_worker() -> None:
+    """Prepare a process of the pool: one thread, silent, deaf to Ctrl-C, and gone with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    torch.set_num_threads(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # the simulator prints from C; our errors travel to the parent as exceptions
+    os.dup2(nowhere, 2)
+
+    def follow_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def episode_seeds(seed: int, step: int, episodes: int) -> list[int]:
+    """Seeds of the evaluation at ``step``: new ones each time, the same ones in every run of that seed."""
+    return [int(s) for s in np.random.SeedSequence([seed, step]).generate_state(episodes)]
+
+
+def say(line: str) -> None:
+    """Print one line of the log on stdout, above a progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def play_and_report(config: Config, policy: GaussianPolicy, pool: EvaluationPool, step: int) -> dict[str, float]:
+    """Evaluate ``policy`` as it is after ``step``, print a line, and return the evaluation's columns of metrics.csv."""
+    returns = pool.returns(policy, episode_seeds(config.seed, step, config.eval_episodes))
+    row = {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
+    line = f"step {step:>9,}  return {row['return_mean']:.1f} ± {row['return_std']:.1f} over {len(returns)} episodes"
+    if config.robot:
+        row["score"] = config.robot.score(row["return_mean"])
+        line += f"  score {row['score']:.1f}"
+    say(line)
+    return row | {f"return_{n}": value for n, value in enumerate(returns, start=1)}
+
+
+# ------------------------------------------------------------------------------------- run folder, picture
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file beside ``path`` and rename it there, so that ``path`` is the old file or the new one, whole."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); make room and --resume the run") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """The folder of a run: config.json, metrics.csv (a row a log line or evaluation) and checkpoint.pt."""
+
+    def __init__(self, path: Path, config: Config, rows: Sequence[dict[str, float]] = ()) -> None:
+        self.path = path
+        self.rows = list(rows)
+        episodes = (f"return_{n}" for n in range(1, config.eval_episodes + 1))
+        self.columns = ["step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes]
+        write_whole(path / "config.json", lambda file: file.write(config.to_json().encode()))
+        header: dict[str, Any] = {name: name for name in self.columns}
+        write_whole(path / "metrics.csv", lambda file: file.write(self.csv([header, *self.rows])))
+        self.board = self.open_board(config)
+        self.wandb: Any = None
+        if config.wandb_project:
+            import wandb
+
+            settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+            self.wandb = wandb.init(
+                project=config.wandb_project, name=path.name, id=path.name, dir=path, config=settings, resume="allow"
+            )
+
+    def open_board(self, config: Config) -> Any:
+        """TensorBoard's writer, told the settings; what an earlier process wrote past our rows is hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        board = SummaryWriter(self.path, purge_step=int(self.rows[-1]["step"]) + 1 if self.rows else None)
+        settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+        for summary in hparams(settings, {"evaluation/return_mean": 0.0}):
+            board._get_file_writer().add_summary(summary)
+        return board
+
+    def close(self) -> None:
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish(quiet=True)
+
+    @classmethod
+    def create(cls, config: Config) -> Self:
+        """Make out_dir/<dataset>-seed<seed>-<date-time>; a number follows where two runs start in one second."""
+        name = f"{Path(config.dataset).stem}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for n in itertools.count(1):
+            path = config.out_dir / (name if n == 1 else f"{name}-{n}")
+            try:
+                path.mkdir(parents=True)
+                return cls(path, config)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise InputError(f"out_dir is {config.out_dir}, which cannot be written ({error.strerror})") from error
+        raise AssertionError("unreachable")
+
+    def csv(self, rows: Sequence[dict[str, Any]]) -> bytes:
+        return "".join(",".join(str(row.get(name, "")) for name in self.columns) + "\n" for row in rows).encode()
+
+    def record(self, row: dict[str, float]) -> None:
+        """Add a row to metrics.csv and to the event files."""
+        self.rows.append(row)
+        with open(self.path / "metrics.csv", "ab") as file:
+            file.write(self.csv([row]))
+        step = int(row["step"])
+        for name in row.keys() - {"step"}:
+            group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
+            self.board.add_scalar(f"{group}/{name}", row[name], step)
+        self.board.flush()
+        if self.wandb:
+            self.wandb.log(row, step=step)
+
+    def evaluations(self) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluation steps (E,) and returns (E, eval_episodes)."""
+        episodes = [name for name in self.columns if re.fullmatch(r"return_\d+", name)]
+        rows = [row for row in self.rows if "return_mean" in row]
+        return np.array([int(row["step"]) for row in rows]), np.array(
+            [[row[name] for name in episodes] for row in rows]
+        )
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint in a run folder, on the CPU. Raises InputError if there is none or it cannot be read."""
+    path = folder / "checkpoint.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not there; name the folder of a run that has been evaluated once") from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(f"{path} cannot be read as a checkpoint; is it damaged?") from error
+
+
+def load_policy(folder: str | Path) -> GaussianPolicy:
+    """The policy saved in a run folder, on the CPU, ready to ``act``. Raises InputError as ``load_checkpoint``."""
+    checkpoint = load_checkpoint(Path(folder))
+    config, state = Config.from_json(checkpoint["config"]), checkpoint["agent"]["policy"]
+    policy = GaussianPolicy(len(state["observation_mean"]), len(state["log_std"]), config.hidden_sizes)
+    policy.load_state_dict(state)
+    return policy
+
+
+def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
+    """Write the picture: evaluation returns with their references, and the losses, against training steps."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    steps, returns = folder.evaluations()
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1))
+    top, bottom = parts
+    axes = top.subplots()
+    mean, std = returns.mean(1), returns.std(1)
+    axes.plot(
+        steps, mean, color="#0072B2", marker="o", markersize=3, label=f"CIQL, mean of {returns.shape[1]} episodes"
+    )
+    axes.fill_between(
+        steps, mean - std, mean + std, color="#0072B2", alpha=0.25, linewidth=0, label="± standard deviation"
+    )
+    references = {}
+    if len(source.returns):
+        references["data set"] = (source.returns.mean(), "#D55E00", "--")
+    if config.robot:
+        references["random"] = (config.robot.random_return, "#009E73", ":")
+        references["expert"] = (config.robot.expert_return, "#CC79A7", "-.")
+        score = axes.secondary_yaxis("right", functions=(config.robot.score, config.robot.unscore))
+        score.set_ylabel("normalised score")
+    for name, (value, colour, style) in references.items():
+        axes.axhline(value, color=colour, linestyle=style, label=f"{name}, {value:.0f}")
+    axes.set(xlabel="gradient steps", ylabel="return of an episode")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    sample = " (embedded sample, not the published file)" if source.is_sample else ""
+    settings = config.algorithm_changes() or "default settings"
+    top.suptitle(f"CIQL on {Path(config.dataset).stem}{sample}\nseed {config.seed}, {settings}", fontsize="medium")
+    panels = {"value_loss": "V loss", "q_loss": "Q loss", "policy_loss": "policy loss", "q": "mean Q(s, a)"}
+    logged = [row for row in folder.rows if "q" in row]
+    for panel, (name, label) in zip(bottom.subplots(1, 4), panels.items(), strict=True):
+        panel.plot([row["step"] for row in logged], [row[name] for row in logged], color="#0072B2", linewidth=1)
+        panel.set_title(label, fontsize="small")
+        panel.tick_params(labelsize="x-small")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+        panel.xaxis.set_major_locator(MaxNLocator(3))
+        panel.grid(alpha=0.3)
+    write_whole(config.plot, lambda file: figure.savefig(file, format=config.plot.suffix[1:], dpi=110))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal; ``args`` is its number."""
+
+
+class Diverged(ArithmeticError):
+    """A loss or a weight is no longer finite."""
+
+
+class StopSignals:
+    """Context in which SIGINT and SIGTERM only set ``number``; a second one ends the process at once."""
+
+    number: int | None = None
+
+    def __enter__(self) -> Self:
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+            self.handlers = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: object) -> None:
+        self.number = number
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+        say(f"{signal.Signals(number).name}: finishing the step, then saving; once more stops at once")
+
+
+class Meter:
+    """Means of the metrics since the last log line, summed on the device: nothing waits for it but a log line."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = [torch.zeros((), device=device) for _ in METRICS]
+        self.count = 0  # steps in the sums
+        self.start, self.timed = time.perf_counter(), 0  # of the speed: steps since then, in this process
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        torch._foreach_add_(self.sums, list(metrics.values()))
+        self.count += 1
+        self.timed += 1
+
+    def check(self, step: int) -> None:
+        """Raise Diverged if a loss was NaN or infinite since the last log line."""
+        for name, total in zip(METRICS, self.sums, strict=True):
+            if not math.isfinite(total):
+                raise Diverged(
+                    f"{name} became {float(total)} within the {self.count} steps up to step {step:,}; lower lr"
+                )
+
+    def report(self, step: int) -> dict[str, float]:
+        """Print the losses and start anew; returns their columns of metrics.csv."""
+        self.check(step)
+        row = dict(zip(METRICS, (torch.stack(self.sums) / self.count).tolist(), strict=True))
+        row["steps_per_second"] = self.timed / (time.perf_counter() - self.start)
+        say(
+            f"step {step:>9,}  V {row['value_loss']:.4f}  Q {row['q_loss']:.4f}  policy {row['policy_loss']:.3f}"
+            f"  penalty {row['penalty']:.4f}  mean Q {row['q']:.2f}  {row['steps_per_second']:.0f} steps/s"
+        )
+        torch._foreach_zero_(self.sums)
+        self.count, self.start, self.timed = 0, time.perf_counter(), 0
+        return row
+
+
+def save_checkpoint(
+    config: Config, folder: RunFolder, step: int, agent: CIQL, meter: Meter, source: DataSource
+) -> None:
+    """Write checkpoint.pt: all that the steps to come depend on. Raises Diverged rather than save a broken agent."""
+    meter.check(step)
+    if not all(parameter.isfinite().all() for parameter in agent.parameters):
+        raise Diverged(f"a weight is NaN or infinite at step {step:,}; lower lr")
+    checkpoint = {
+        "config": config.to_json(),
+        "step": step,
+        "agent": agent.state_dict(),
+        "random_state": torch.get_rng_state(),
+        "cuda_random_states": torch.cuda.get_rng_state_all() if not agent.on_cpu else [],
+        "meter": {"sums": meter.sums, "count": meter.count},
+        "rows": folder.rows,
+        "checksum": source.checksum,
+    }
+    write_whole(folder.path / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+
+def restore(checkpoint: dict[str, Any], agent: CIQL, meter: Meter) -> None:
+    """Put agent, meter and the random states where ``save_checkpoint`` found them."""
+    agent.load_state_dict(checkpoint["agent"])
+    torch._foreach_copy_(meter.sums, checkpoint["meter"]["sums"])
+    meter.count = checkpoint["meter"]["count"]
+    torch.set_rng_state(checkpoint["random_state"])
+    if not agent.on_cpu:
+        torch.cuda.set_rng_state_all(checkpoint["cuda_random_states"])
+
+
+def train(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Train CIQL; prints the log, writes the picture and the run folder.
+
+    Returns the evaluation steps (E,) and the returns (E, eval_episodes). Raises InputError for a bad setting, file or
+    network, Diverged for losses that are not finite, Stopped after SIGINT or SIGTERM.
+    """
+    start = time.perf_counter()
+    config.check_machine()
+    checkpoint = load_checkpoint(config.resume) if config.resume else None
+    if checkpoint:
+        config.check_resumes(checkpoint)
+    path = find_dataset(config.dataset)
+    with EvaluationPool(config.environment, config.eval_episodes) as pool, StopSignals() as stop:
+        description = pool.submit(describe_environment, config.environment)  # starts the workers
+        dims = (config.robot.observation_dim, config.robot.action_dim, 1000) if config.robot else description.result()
+        data, source = load_data(config, path, dims)
+        torch.manual_seed(config.seed)
+        agent = CIQL(data.observations.shape[1], data.actions.shape[1], config)
+        data = agent.prepare(data)
+        meter, first = Meter(agent.device), 1
+        if checkpoint and config.resume:
+            if checkpoint["checksum"] != source.checksum:
+                raise InputError(f"{path} is not the data that {config.resume} was trained on; put that back")
+            folder, first = RunFolder(config.resume, config, checkpoint["rows"]), checkpoint["step"] + 1
+            restore(checkpoint, agent, meter)
+        else:
+            folder = RunFolder.create(config)
+        say(f"run    {folder.path}, {agent.describe()}")
+        step_function = agent.compiled_step(data) if config.compile else agent.step
+
+        bar = tqdm(range(first, config.max_steps + 1), "train", config.max_steps, initial=first - 1, disable=None)
+        for step in bar:
+            meter.add(step_function(data))
+            row: dict[str, float] = {}
+            if step % config.log_interval == 0:
+                row |= meter.report(step)
+            evaluates = step % config.eval_interval == 0 or step == config.max_steps
+            pause = time.perf_counter()
+            if evaluates:
+                row |= play_and_report(config, agent.policy, pool, step)
+                bar.set_postfix_str(f"return {row['return_mean']:.0f}")
+            if row:
+                folder.record({"step": step} | row)
+            if evaluates or stop.number:
+                save_checkpoint(config, folder, step, agent, meter, source)
+                draw(config, folder, source)
+                meter.start += time.perf_counter() - pause
+            if stop.number:
+                say(f"stopped at step {step:,}; go on with --resume {folder.path}")
+                raise Stopped(stop.number)
+        if config.film:
+            pool.film(agent.policy, episode_seeds(config.seed, config.max_steps, 1)[0], folder.path / "policy.gif")
+    folder.close()
+    summarize(config, folder, time.perf_counter() - start)
+    return folder.evaluations()
+
+
+def summarize(config: Config, folder: RunFolder, seconds: float) -> None:
+    """Print what came out of the run and what to do with it."""
+    steps, returns = folder.evaluations()
+    means = returns.mean(1)
+    final, best = means[-10:].mean(), int(means.argmax())
+    score = (lambda value: f", score {config.robot.score(value):.1f}") if config.robot else (lambda value: "")
+    say(f"\nfinal  return {means[-1]:.1f} ± {returns[-1].std():.1f} over {returns.shape[1]} episodes{score(means[-1])}")
+    say(f"       {final:.1f} is the mean of the last {len(means[-10:])} evaluations{score(final)}")
+    say(f"       {means[best]:.1f} at step {steps[best]:,} was the best of {len(means)}: picked by luck, not a result")
+    say(f"took   {seconds / 60:.1f} minutes")
+    say(f"wrote  {config.plot} and {folder.path} (settings, metrics, TensorBoard events, checkpoint)")
+    say(f"next   --resume {folder.path} --max-steps {2 * config.max_steps}")
+    say(f"       --evaluate {folder.path} --film")
+
+
+def evaluate(config: Config) -> None:
+    """Play ``eval_episodes`` episodes of the policy saved in the run folder ``config.evaluate``, and film on request."""
+    assert config.evaluate
+    find_device("cpu")
+    policy, step = load_policy(config.evaluate), load_checkpoint(config.evaluate)["step"]
+    with EvaluationPool(config.environment, config.eval_episodes) as pool:
+        play_and_report(config, policy, pool, step)
+        if config.film:
+            pool.film(policy, episode_seeds(config.seed, step, 1)[0], config.evaluate / "policy.gif")
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Settings from the command line; when a run folder is resumed or evaluated, its settings are the defaults."""
+    import tyro
+
+    def flags(default: Config) -> Config:
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                return tyro.cli(Config, args=arguments, default=default, prog="ciql_pybullet.py")
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            lines = [
+                line.strip("│ ") for line in box.getvalue().splitlines()[1:]
+            ]  # tyro draws a box: the cause comes first
+            cause = " ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines))
+            raise InputError(f"{cause.removeprefix('Error parsing Config: ')}; --help lists the settings") from stop
+
+    config = flags(Config())
+    if folder := config.resume or config.evaluate:
+        saved = Config.from_json(load_checkpoint(folder)["config"])
+        config = flags(dataclasses.replace(saved, resume=config.resume, evaluate=config.evaluate, film=False))
+    return config
+
+
+def main() -> None:
+    try:
+        config = parse(sys.argv[1:])
+        (evaluate if config.evaluate else train)(config)
+    except (InputError, Diverged) as error:
+        print(f"ciql_pybullet: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.args[0])
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

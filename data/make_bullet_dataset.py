@@ -1,0 +1,212 @@
+"""Re-collect a d4rl-pybullet data set from its published recipe.
+
+Soft actor-critic (Haarnoja et al., 2018) with the recipe's settings (two hidden layers of 256, learning
+rate 3e-4, batch 100, one update a step, no warm-up) learns in a PyBullet environment until one training
+episode returns at least ``--level``. Three files are written to ``--out``:
+
+    <name>-random-v0.hdf5   --rows rows of the untrained stochastic policy
+    <name>-mixed-v0.hdf5    the replay buffer up to that moment
+    <name>-medium-v0.hdf5   --rows rows of the final deterministic policy
+
+Rows are laid out as d4rl-pybullet lays them out. Row t holds (observation_t, action_t, r, d) where r and d
+ARRIVED WITH observation_t, from the step before. An episode closes with an extra row: its last observation,
+a zero action, the last reward, terminal 1, at the time limit as well as after a fall.
+
+    python data/make_bullet_dataset.py --env-id HopperBulletEnv-v0 --name hopper-bullet --level 300 --out sets
+"""
+
+import copy
+import dataclasses
+import datetime
+import importlib.metadata
+import pathlib
+import time
+
+import gymnasium
+import h5py
+import numpy as np
+import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to collect."""
+
+    out: pathlib.Path  # folder for the three files
+    env_id: str = "HalfCheetahBulletEnv-v0"  # environment to learn and collect in
+    name: str = "halfcheetah-bullet"  # file names start with it
+    level: float = 800.0  # stop learning once a training episode returns this much
+    max_steps: int = 600_000  # give up learning after this many environment steps
+    rows: int = 200_000  # rows of the random and the medium file
+    seed: int = 0  # of the networks, the environment and the sampling
+
+
+class Rows:
+    """Rows in d4rl-pybullet's layout, gathered step by step."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[np.ndarray, np.ndarray, float, float]] = []
+        self.returns: list[float] = []  # of the whole episodes
+        self.reward, self.episode_return = 0.0, 0.0  # the reward that arrived with the coming observation
+
+    def step(
+        self, env: gymnasium.Env, observation: np.ndarray, action: np.ndarray
+    ) -> tuple[np.ndarray, float, bool, bool]:
+        """Log the row, act, and close the episode's rows if the action ended it."""
+        self.rows.append((observation, action, self.reward, 0.0))
+        observation, reward, terminated, truncated, _ = env.step(action)
+        self.reward = float(reward)
+        self.episode_return += self.reward
+        if terminated or truncated:
+            self.rows.append((observation, np.zeros_like(action), self.reward, 1.0))
+            self.returns.append(self.episode_return)
+            self.reward, self.episode_return = 0.0, 0.0
+        return observation, float(reward), terminated, truncated
+
+    def write(self, path: pathlib.Path, limit: int | None, source: str) -> None:
+        """Write the first ``limit`` rows (all of them: None) to ``path``."""
+        columns = zip(*self.rows[:limit], strict=True)
+        observations, actions, rewards, terminals = (np.asarray(column, np.float32) for column in columns)
+        stored = {
+            "observations": observations,
+            "actions": actions,
+            "rewards": rewards[:, None],
+            "terminals": terminals[:, None],
+        }
+        with h5py.File(path, "w") as file:
+            file.attrs["source"] = source
+            for key, values in stored.items():
+                file.create_dataset(key, data=values, compression="gzip", shuffle=True)
+        episodes = f"{len(self.returns)} episodes, return {np.mean(self.returns):.1f} ± {np.std(self.returns):.1f}"
+        print(f"{path}: {len(rewards)} rows, {episodes}", flush=True)
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, outputs)
+    )  # fmt: skip
+
+
+class SAC:
+    """Soft actor-critic with an automatic temperature (Haarnoja et al., 2018, arXiv 1812.05905)."""
+
+    def __init__(self, observation_dim: int, action_dim: int) -> None:
+        self.action_dim = action_dim
+        self.actor = mlp(observation_dim, 2 * action_dim)
+        self.critics = nn.ModuleList(mlp(observation_dim + action_dim, 1) for _ in range(2))
+        self.targets = copy.deepcopy(self.critics)
+        self.log_temperature = torch.zeros(1, requires_grad=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=3e-4, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=3e-4, fused=True)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=3e-4)
+
+    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (B, A) of the tanh-Gaussian policy, with their log-likelihoods (B,)."""
+        mean, log_std = self.actor(observations).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
+        raw = normal.rsample()
+        # log(1 - tanh(x)^2), written so that it does not overflow
+        log_det = 2 * (np.log(2) - raw - F.softplus(-2 * raw))
+        return torch.tanh(raw), (normal.log_prob(raw) - log_det).sum(-1)
+
+    @torch.no_grad()
+    def act(self, observation: np.ndarray, deterministic: bool) -> np.ndarray:
+        observations = torch.as_tensor(observation, dtype=torch.float32)
+        if deterministic:
+            return torch.tanh(self.actor(observations).chunk(2, -1)[0]).numpy()
+        return self.sample(observations)[0].numpy()
+
+    def update(self, s: Tensor, a: Tensor, r: Tensor, s_next: Tensor, terminated: Tensor) -> None:
+        """One gradient step of critics, actor and temperature on B transitions."""
+        temperature = self.log_temperature.exp().detach()
+        with torch.no_grad():
+            a_next, log_likelihood = self.sample(s_next)
+            next_q = torch.stack([q(torch.cat([s_next, a_next], -1)) for q in self.targets]).amin(0)[:, 0]
+            target = r + 0.99 * (1 - terminated) * (next_q - temperature * log_likelihood)
+        x = torch.cat([s, a], -1)
+        q_loss = torch.stack([F.mse_loss(q(x)[:, 0], target) for q in self.critics]).sum()
+        minimize(self.critic_optimizer, q_loss)
+
+        self.critics.requires_grad_(False)
+        a_new, log_likelihood = self.sample(s)
+        q_new = torch.stack([q(torch.cat([s, a_new], -1)) for q in self.critics]).amin(0)[:, 0]
+        minimize(self.actor_optimizer, (temperature * log_likelihood - q_new).mean())
+        self.critics.requires_grad_(True)
+
+        excess = log_likelihood.detach() - self.action_dim  # the target entropy is -action_dim
+        minimize(self.temperature_optimizer, -(self.log_temperature.exp() * excess).mean())
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), 0.005)
+
+
+def minimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC) -> Rows:
+    """Train ``sac`` until an episode returns ``recipe.level``; returns the replay buffer."""
+    replay, start = Rows(), time.time()
+    observation, _ = env.reset(seed=recipe.seed)
+    steps, observation_dim, action_dim = recipe.max_steps, observation.size, sac.action_dim
+    buffer = [torch.zeros(steps, *shape) for shape in ((observation_dim,), (action_dim,), (), (observation_dim,), ())]
+    for t in range(recipe.max_steps):
+        action = sac.act(observation, deterministic=False)
+        next_observation, reward, terminated, truncated = replay.step(env, observation, action)
+        for column, value in zip(buffer, (observation, action, reward, next_observation, terminated), strict=True):
+            column[t] = torch.as_tensor(value)
+        observation = next_observation
+        if t > 100:
+            index = torch.randint(t + 1, (100,))
+            sac.update(*(column[index] for column in buffer))
+        if terminated or truncated:
+            if len(replay.returns) % 10 == 0:
+                rate = (t + 1) / (time.time() - start)
+                print(f"step {t + 1:,}  return {replay.returns[-1]:.1f}  {rate:.0f} steps/s", flush=True)
+            if replay.returns[-1] >= recipe.level:
+                return replay
+            observation, _ = env.reset()
+    raise SystemExit(f"no episode returned {recipe.level} within {recipe.max_steps:,} steps; lower --level")
+
+
+def collect(recipe: Recipe, env: gymnasium.Env, sac: SAC, deterministic: bool, seed: int) -> Rows:
+    """Play ``sac`` for at least ``recipe.rows`` rows."""
+    logged = Rows()
+    torch.manual_seed(seed)
+    observation, _ = env.reset(seed=seed)
+    while len(logged.rows) < recipe.rows:
+        action = sac.act(observation, deterministic)
+        observation, _, terminated, truncated = logged.step(env, observation, action)
+        if terminated or truncated:
+            observation, _ = env.reset()
+    return logged
+
+
+def main(recipe: Recipe) -> None:
+    torch.set_num_threads(1)  # batches of 100 are too small for more
+    torch.manual_seed(recipe.seed)
+    env = gymnasium.make(recipe.env_id)
+    assert env.observation_space.shape and env.action_space.shape
+    sac = SAC(env.observation_space.shape[0], env.action_space.shape[0])
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    versions = ", ".join(
+        f"{p} {importlib.metadata.version(p)}" for p in ("pybullet", "pybullet_envs_gymnasium", "torch")
+    )
+    source = f"re-collected after d4rl-pybullet's recipe in {recipe.env_id}, seed {recipe.seed}, {versions}, {datetime.date.today()}"
+
+    untrained = collect(recipe, env, sac, deterministic=False, seed=recipe.seed + 10_000)
+    untrained.write(recipe.out / f"{recipe.name}-random-v0.hdf5", recipe.rows, f"{source}; untrained policy")
+    replay = learn(recipe, env, sac)
+    learned = f"SAC stopped at an episode of {replay.returns[-1]:.1f} (level {recipe.level:g})"
+    replay.write(recipe.out / f"{recipe.name}-mixed-v0.hdf5", None, f"{source}; replay of {learned}")
+    played = collect(recipe, env, sac, deterministic=True, seed=recipe.seed + 20_000)
+    played.write(recipe.out / f"{recipe.name}-medium-v0.hdf5", recipe.rows, f"{source}; mean action of {learned}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Recipe))
