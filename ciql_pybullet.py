@@ -43,10 +43,11 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import h5py
 import numpy as np
@@ -207,8 +208,7 @@ class Robot(NamedTuple):
     """Environment of a data set, with the returns that make its score: random is 0, expert is 100."""
 
     env_id: str
-    observation_dim: int
-    action_dim: int
+    dims: tuple[int, int]  # of observations and actions
     random_return: float
     expert_return: float
 
@@ -224,10 +224,10 @@ class Robot(NamedTuple):
 # Random: published mean of the random set (ant: measured in today's simulator, the published 10.4 is of another
 # dynamics). Expert: stable-baselines3's agents, d4rl-pybullet issue 2.
 ROBOTS = {
-    "halfcheetah": Robot("HalfCheetahBulletEnv-v0", 26, 6, -1304.0, 3000.0),
-    "hopper": Robot("HopperBulletEnv-v0", 15, 3, 18.6, 2500.0),
-    "walker2d": Robot("Walker2DBulletEnv-v0", 22, 6, 15.0, 2500.0),
-    "ant": Robot("AntBulletEnv-v0", 28, 8, 432.0, 3300.0),
+    "halfcheetah": Robot("HalfCheetahBulletEnv-v0", (26, 6), -1304.0, 3000.0),
+    "hopper": Robot("HopperBulletEnv-v0", (15, 3), 18.6, 2500.0),
+    "walker2d": Robot("Walker2DBulletEnv-v0", (22, 6), 15.0, 2500.0),
+    "ant": Robot("AntBulletEnv-v0", (28, 8), 432.0, 3300.0),
 }
 DOWNLOAD_URLS = {  # published by d4rl-pybullet
     f"{name}-v0": f"https://www.dropbox.com/s/{key}/{name}-v0.hdf5?dl=1"
@@ -251,10 +251,11 @@ SAMPLE = Path(__file__).resolve().parent / "data" / "halfcheetah-bullet-medium-s
 NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray]:
+def read_columns(path: Path, dims: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
     """Read and check the four columns of a d4rl-pybullet HDF5 file, as stored: N rows, float32.
 
-    Returns observations (N, observation_dim), actions (N, action_dim), rewards (N,) and terminals (N,).
+    Returns observations (N, observation_dim), actions (N, action_dim), rewards (N,) and terminals (N,). ``dims`` is
+    (observation_dim, action_dim) of the environment that the data must fit.
     Raises InputError, naming file and key, for a file that cannot be read or holds no usable data.
     """
     columns: dict[str, np.ndarray] = {}
@@ -276,13 +277,18 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
             columns[key] = columns[key][:, 0]
     shapes = {key: column.shape for key, column in columns.items()}
     rows = len(columns["observations"]) if columns["observations"].ndim else 0
-    for key, dims in {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}.items():
-        if len(shapes[key]) != dims or shapes[key][0] != rows:
+    for key, ndim in {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}.items():
+        if len(shapes[key]) != ndim or shapes[key][0] != rows:
             raise InputError(
-                f"{path}: '{key}' has shape {shapes[key]}, which does not fit {rows} rows of {dims} dimensions"
+                f"{path}: '{key}' has shape {shapes[key]}, which does not fit {rows} rows of {ndim} dimensions"
             )
         if not np.isfinite(columns[key]).all():
             raise InputError(f"{path}: '{key}' holds NaN or infinite values; remove those episodes")
+    if dims and dims != (found := (shapes["observations"][1], shapes["actions"][1])):
+        raise InputError(
+            f"{path}: 'observations' and 'actions' have {found} columns, but the environment has {dims}; "
+            "set env_id to the one they were recorded in"
+        )
     if rows and np.abs(columns["actions"]).max(initial=0) > 1 + 1e-5:
         raise InputError(f"{path}: 'actions' reach outside [-1, 1]; rescale them to the action box")
     if not np.isin(columns["terminals"], (0, 1)).all():
@@ -292,7 +298,9 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def read_transitions(path: str | Path, max_episode_steps: int = 1000) -> Transitions:
+def read_transitions(
+    path: str | Path, max_episode_steps: int = 1000, dims: tuple[int, int] | None = None
+) -> Transitions:
     """Read the transitions of a d4rl-pybullet HDF5 file.
 
     Row i of the file holds (observation_i, action_i, r, d) where r and d arrived WITH observation_i, from the step
@@ -301,10 +309,11 @@ def read_transitions(path: str | Path, max_episode_steps: int = 1000) -> Transit
     transition. Nor does the last row of a file cut in mid-episode. Terminal is 1 at the time limit as well: an
     episode of ``max_episode_steps`` steps was cut, not ended, and its last transition is no termination.
 
-    Returns one row a transition, on the CPU. Raises InputError for a file that holds no usable data.
+    Returns one row a transition, on the CPU. Raises InputError for a file that holds no usable data, or whose columns
+    are not ``dims``, (observation_dim, action_dim), where that is given.
     Format: github.com/takuseno/d4rl-pybullet.
     """
-    columns = read_columns(Path(path))
+    columns = read_columns(Path(path), dims)
     end_row = columns["terminals"] == 1
     start = np.flatnonzero(~end_row[:-1])
     end = np.flatnonzero(end_row)
@@ -349,16 +358,9 @@ class DataSource(NamedTuple):
         return self.path == SAMPLE
 
 
-def load_data(config: Config, path: Path, dims: tuple[int, int, int]) -> tuple[Transitions, DataSource]:
-    """Read ``path``, check it against ``dims`` of the environment, and print what it holds."""
-    observation_dim, action_dim, max_episode_steps = dims
-    data = read_transitions(path, max_episode_steps)
-    for key, dim in {"observations": observation_dim, "actions": action_dim}.items():
-        found = getattr(data, key).shape[1]
-        if found != dim:
-            raise InputError(
-                f"{path}: '{key}' has {found} columns, but {config.environment} has {dim}; set --env-id to its own"
-            )
+def load_data(config: Config, path: Path, dims: tuple[int, int], max_steps: int) -> tuple[Transitions, DataSource]:
+    """Read ``path``, recorded in an environment of ``dims`` and time limit ``max_steps``, and print what it holds."""
+    data = read_transitions(path, max_steps, dims)
     source = DataSource(
         path, episode_returns(path), zlib.crc32(b"".join(column.numpy().tobytes() for column in data[1:3]))
     )
@@ -386,7 +388,7 @@ def find_dataset(dataset: str) -> Path:
     if cached.exists():
         return cached
     try:
-        download(DOWNLOAD_URLS[dataset], cached)
+        download(DOWNLOAD_URLS[dataset], cached, ROBOTS[dataset.split("-")[0]].dims)
         return cached
     except InputError as error:
         if dataset == SAMPLE_ID and SAMPLE.exists():
@@ -396,8 +398,8 @@ def find_dataset(dataset: str) -> Path:
         raise InputError(f"no file for {dataset} ({error}); {remedy}") from error
 
 
-def download(url: str, path: Path) -> None:
-    """Fetch the data set at ``url`` into ``path``, which appears only once it is whole and readable."""
+def download(url: str, path: Path, dims: tuple[int, int]) -> None:
+    """Fetch the data set at ``url`` into ``path``, which appears only once it is whole and fits ``dims``."""
     part = None
     try:
         with open_url(url) as response:
@@ -413,7 +415,7 @@ def download(url: str, path: Path) -> None:
                     raise InputError(f"the download of {path.name} stopped after {file.tell():,} of {size:,} bytes")
                 file.flush()
                 os.fsync(file.fileno())
-        read_columns(part)
+        read_columns(part, dims)
         os.replace(part, path)
     except InputError as error:
         raise InputError(str(error).replace(str(part), f"the download from {url}")) from error
@@ -750,12 +752,12 @@ def make_environment(env_id: str, render_mode: str | None = None) -> Any:
     return env
 
 
-def describe_environment(env_id: str) -> tuple[int, int, int]:
-    """(observation_dim, action_dim, max_episode_steps) of ``env_id``."""
+def describe_environment(env_id: str) -> tuple[tuple[int, int], int]:
+    """((observation_dim, action_dim), max_episode_steps) of ``env_id``."""
     env = make_environment(env_id)
     steps = env.spec.max_episode_steps or sys.maxsize
     env.close()
-    return env.observation_space.shape[0], env.action_space.shape[0], steps
+    return (env.observation_space.shape[0], env.action_space.shape[0]), steps
 
 
 def play_episode(policy: bytes, env_id: str, seed: int) -> float:
@@ -809,9 +811,9 @@ def film_episode(policy: bytes, env_id: str, seed: int, path: Path) -> None:
         observation, _, terminated, truncated, _ = env.step(actor.act(observation))
         ended, t = terminated or truncated, t + 1
     env.close()
-    write_whole(
-        path, lambda file: frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
-    )
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
+    write_whole(path, content.getbuffer())
 
 
 def start_worker() -> None:
@@ -857,19 +859,18 @@ def play_and_report(config: Config, policy: GaussianPolicy, pool: EvaluationPool
 # ------------------------------------------------------------------------------------- run folder, picture
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file beside ``path`` and rename it there, so that ``path`` is the old file or the new one, whole."""
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write beside ``path`` and rename, so that at any time ``path`` is the old file or the new one, whole."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(part, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); make room and --resume the run") from error
-    finally:
         part.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); make room, then --resume the run") from error
 
 
 class RunFolder:
@@ -880,9 +881,9 @@ class RunFolder:
         self.rows = list(rows)
         episodes = (f"return_{n}" for n in range(1, config.eval_episodes + 1))
         self.columns = ["step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes]
-        write_whole(path / "config.json", lambda file: file.write(config.to_json().encode()))
+        write_whole(path / "config.json", config.to_json().encode())
         header: dict[str, Any] = {name: name for name in self.columns}
-        write_whole(path / "metrics.csv", lambda file: file.write(self.csv([header, *self.rows])))
+        write_whole(path / "metrics.csv", self.csv([header, *self.rows]))
         self.board = self.open_board(config)
         self.wandb: Any = None
         if config.wandb_project:
@@ -953,7 +954,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint in a run folder, on the CPU. Raises InputError if there is none or it cannot be read."""
     path = folder / "checkpoint.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there; name the folder of a run that has been evaluated once") from error
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -999,7 +1001,8 @@ def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
     axes.set(xlabel="gradient steps", ylabel="return of an episode")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    axes.set_xlim(left=0)
+    axes.legend(fontsize="small", ncols=2, loc="lower right")
     sample = " (embedded sample, not the published file)" if source.is_sample else ""
     settings = config.algorithm_changes() or "default settings"
     top.suptitle(f"CIQL on {Path(config.dataset).stem}{sample}\nseed {config.seed}, {settings}", fontsize="medium")
@@ -1012,7 +1015,9 @@ def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
         panel.xaxis.set_major_locator(MaxNLocator(3))
         panel.grid(alpha=0.3)
-    write_whole(config.plot, lambda file: figure.savefig(file, format=config.plot.suffix[1:], dpi=110))
+    content = io.BytesIO()
+    figure.savefig(content, format=config.plot.suffix[1:], dpi=110)
+    write_whole(config.plot, content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -1100,7 +1105,9 @@ def save_checkpoint(
         "rows": folder.rows,
         "checksum": source.checksum,
     }
-    write_whole(folder.path / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    content = io.BytesIO()  # torch.save to a full disk raises anything
+    torch.save(checkpoint, content)
+    write_whole(folder.path / "checkpoint.pt", content.getbuffer())
 
 
 def restore(checkpoint: dict[str, Any], agent: CIQL, meter: Meter) -> None:
@@ -1126,9 +1133,11 @@ def train(config: Config) -> tuple[np.ndarray, np.ndarray]:
         config.check_resumes(checkpoint)
     path = find_dataset(config.dataset)
     with EvaluationPool(config.environment, config.eval_episodes) as pool, StopSignals() as stop:
-        description = pool.submit(describe_environment, config.environment)  # starts the workers
-        dims = (config.robot.observation_dim, config.robot.action_dim, 1000) if config.robot else description.result()
-        data, source = load_data(config, path, dims)
+        if config.robot:
+            data, source = load_data(config, path, config.robot.dims, 1000)
+            pool.submit(describe_environment, config.environment)  # start the workers while we go on
+        else:
+            data, source = load_data(config, path, *pool.submit(describe_environment, config.environment).result())
         torch.manual_seed(config.seed)
         agent = CIQL(data.observations.shape[1], data.actions.shape[1], config)
         data = agent.prepare(data)
@@ -1174,10 +1183,13 @@ def summarize(config: Config, folder: RunFolder, seconds: float) -> None:
     """Print what came out of the run and what to do with it."""
     steps, returns = folder.evaluations()
     means = returns.mean(1)
-    final, best = means[-10:].mean(), int(means.argmax())
-    score = (lambda value: f", score {config.robot.score(value):.1f}") if config.robot else (lambda value: "")
-    say(f"\nfinal  return {means[-1]:.1f} ± {returns[-1].std():.1f} over {returns.shape[1]} episodes{score(means[-1])}")
-    say(f"       {final:.1f} is the mean of the last {len(means[-10:])} evaluations{score(final)}")
+    last, best, robot = means[-10:], int(means.argmax()), config.robot
+
+    def score(value: float) -> str:
+        return f", score {robot.score(value):.1f}" if robot else ""
+
+    say(f"final  return {means[-1]:.1f} ± {returns[-1].std():.1f} over {returns.shape[1]} episodes{score(means[-1])}")
+    say(f"       {last.mean():.1f} is the mean of the last {len(last)} evaluations{score(last.mean())}")
     say(f"       {means[best]:.1f} at step {steps[best]:,} was the best of {len(means)}: picked by luck, not a result")
     say(f"took   {seconds / 60:.1f} minutes")
     say(f"wrote  {config.plot} and {folder.path} (settings, metrics, TensorBoard events, checkpoint)")
