@@ -47,7 +47,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import h5py
 import numpy as np
@@ -56,6 +56,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam
 from tqdm import tqdm
+
+
+def say(line: str) -> None:
+    """Print one line of the log on stdout, above a progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 class InputError(ValueError):
@@ -101,9 +107,6 @@ class Config:
     resume: Path | None = None  # go on from the checkpoint in this run folder, with its settings
     evaluate: Path | None = None  # train nothing: play eval_episodes episodes of the policy in this run folder
 
-    PATHS: ClassVar = ("plot", "out_dir", "resume", "evaluate")
-    FREE: ClassVar = (*PATHS, "max_steps", "film", "wandb_project")  # may change when a run is resumed
-
     def __post_init__(self) -> None:
         positive, inf = "a whole number of at least 1", math.inf
         rules: dict[str, tuple[bool, str]] = {
@@ -138,19 +141,6 @@ class Config:
                     f"env_id is not set, but must name the environment that {self.dataset} was recorded in"
                 )
 
-    def check_machine(self) -> None:
-        """Raise InputError for what this machine does not have: the device, or a place to write to."""
-        find_device(self.device)
-        if self.plot.suffix not in (".png", ".pdf", ".svg") or not os.access(self.plot.parent, os.W_OK | os.X_OK):
-            raise InputError(f"plot is {self.plot}, but must be a .png, .pdf or .svg in a folder that can be written")
-        there = next(
-            folder for folder in (self.out_dir.absolute(), *self.out_dir.absolute().parents) if folder.exists()
-        )
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise InputError(f"out_dir is {self.out_dir}, but {there} is no folder that can be written; choose another")
-        if self.wandb_project and not importlib.util.find_spec("wandb"):
-            raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
-
     @property
     def environment(self) -> str:
         """The id of the environment to evaluate in."""
@@ -160,35 +150,6 @@ class Config:
     def robot(self) -> "Robot | None":
         """What is known of the environment, if it is one of the four robots'."""
         return next((robot for robot in ROBOTS.values() if robot.env_id == self.environment), None)
-
-    def check_resumes(self, checkpoint: dict[str, Any]) -> None:
-        """Raise InputError unless these settings go on from ``checkpoint`` as if it had never stopped."""
-        saved = Config.from_json(checkpoint["config"])
-        pairs = {f.name: (getattr(saved, f.name), getattr(self, f.name)) for f in dataclasses.fields(self)}
-        changed = [
-            f"{name} {new} (was {old})" for name, (old, new) in pairs.items() if old != new and name not in self.FREE
-        ]
-        if changed:
-            raise InputError(f"{self.resume} was trained with other settings; resume without {', '.join(changed)}")
-        if self.max_steps < checkpoint["step"]:
-            raise InputError(
-                f"max_steps is {self.max_steps}, but {self.resume} is at step {checkpoint['step']}; raise it"
-            )
-
-    def algorithm_changes(self) -> str:
-        """The settings of algorithm and networks that differ from the defaults."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        names = list(fields)[list(fields).index("gamma") : list(fields).index("max_steps")]
-        return ", ".join(f"{n} {getattr(self, n)}" for n in names if getattr(self, n) != fields[n].default)
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Config":
-        values = json.loads(text)
-        paths = {name: Path(values[name]) for name in cls.PATHS if values[name] is not None}
-        return cls(**values | paths | {"hidden_sizes": tuple(values["hidden_sizes"])})
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -202,100 +163,6 @@ class Transitions(NamedTuple):
     rewards: Tensor  # (N,)
     next_observations: Tensor  # (N, observation_dim)
     terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or met the time limit
-
-
-class Robot(NamedTuple):
-    """Environment of a data set, with the returns that make its score: random is 0, expert is 100."""
-
-    env_id: str
-    dims: tuple[int, int]  # of observations and actions
-    random_return: float
-    expert_return: float
-
-    def score(self, episode_return: Any) -> Any:
-        """D4RL's normalised score, 100 · (return − random) / (expert − random)."""
-        return 100 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
-
-    def unscore(self, score: Any) -> Any:
-        """The return of a normalised score."""
-        return self.random_return + score / 100 * (self.expert_return - self.random_return)
-
-
-# Random: published mean of the random set (ant: measured in today's simulator, the published 10.4 is of another
-# dynamics). Expert: stable-baselines3's agents, d4rl-pybullet issue 2.
-ROBOTS = {
-    "halfcheetah": Robot("HalfCheetahBulletEnv-v0", (26, 6), -1304.0, 3000.0),
-    "hopper": Robot("HopperBulletEnv-v0", (15, 3), 18.6, 2500.0),
-    "walker2d": Robot("Walker2DBulletEnv-v0", (22, 6), 15.0, 2500.0),
-    "ant": Robot("AntBulletEnv-v0", (28, 8), 432.0, 3300.0),
-}
-DOWNLOAD_URLS = {  # published by d4rl-pybullet
-    f"{name}-v0": f"https://www.dropbox.com/s/{key}/{name}-v0.hdf5?dl=1"
-    for name, key in {
-        "halfcheetah-bullet-random": "jnvpb1hp60zt2ak",
-        "halfcheetah-bullet-medium": "v4xgssp1w968a9l",
-        "halfcheetah-bullet-mixed": "scj1rqun963aw90",
-        "hopper-bullet-random": "bino8ojd7iq4p4d",
-        "hopper-bullet-medium": "w22kgzldn6eng7j",
-        "hopper-bullet-mixed": "xv3p0h7dzgxt8xb",
-        "walker2d-bullet-random": "1gwcfl2nmx6878m",
-        "walker2d-bullet-medium": "v0f2kz48b1hw6or",
-        "walker2d-bullet-mixed": "i4u2ii0d85iblou",
-        "ant-bullet-random": "2xpmh4wk2m7i8xh",
-        "ant-bullet-medium": "6n79kwd94xthr1t",
-        "ant-bullet-mixed": "pmy3dzab35g4whk",
-    }.items()
-}
-SAMPLE_ID = "halfcheetah-bullet-medium-v0"
-SAMPLE = Path(__file__).resolve().parent / "data" / "halfcheetah-bullet-medium-sample.hdf5"
-NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
-
-
-def read_columns(path: Path, dims: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read and check the four columns of a d4rl-pybullet HDF5 file, as stored: N rows, float32.
-
-    Returns observations (N, observation_dim), actions (N, action_dim), rewards (N,) and terminals (N,). ``dims`` is
-    (observation_dim, action_dim) of the environment that the data must fit.
-    Raises InputError, naming file and key, for a file that cannot be read or holds no usable data.
-    """
-    columns: dict[str, np.ndarray] = {}
-    try:
-        with h5py.File(path) as file:
-            for key in ("observations", "actions", "rewards", "terminals"):
-                if not isinstance(file.get(key), h5py.Dataset):
-                    raise InputError(f"{path}: the key '{key}' is missing; is it a d4rl-pybullet file?")
-                columns[key] = file[key].astype(np.float32)[()]
-    except InputError:
-        raise
-    except (OSError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read as HDF5 numbers ({error}); is it a whole d4rl-pybullet file?"
-        ) from error
-
-    for key in ("rewards", "terminals"):  # stored as (N, 1) or (N,)
-        if columns[key].ndim == 2 and columns[key].shape[1] == 1:
-            columns[key] = columns[key][:, 0]
-    shapes = {key: column.shape for key, column in columns.items()}
-    rows = len(columns["observations"]) if columns["observations"].ndim else 0
-    for key, ndim in {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}.items():
-        if len(shapes[key]) != ndim or shapes[key][0] != rows:
-            raise InputError(
-                f"{path}: '{key}' has shape {shapes[key]}, which does not fit {rows} rows of {ndim} dimensions"
-            )
-        if not np.isfinite(columns[key]).all():
-            raise InputError(f"{path}: '{key}' holds NaN or infinite values; remove those episodes")
-    if dims and dims != (found := (shapes["observations"][1], shapes["actions"][1])):
-        raise InputError(
-            f"{path}: 'observations' and 'actions' have {found} columns, but the environment has {dims}; "
-            "set env_id to the one they were recorded in"
-        )
-    if rows and np.abs(columns["actions"]).max(initial=0) > 1 + 1e-5:
-        raise InputError(f"{path}: 'actions' reach outside [-1, 1]; rescale them to the action box")
-    if not np.isin(columns["terminals"], (0, 1)).all():
-        raise InputError(f"{path}: 'terminals' holds values other than 0 and 1; mark end rows with 1")
-    if not (columns["terminals"][:-1] == 0).any():
-        raise InputError(f"{path}: {rows} rows hold no complete transition; two rows of one episode are the least")
-    return columns
 
 
 def read_transitions(
@@ -329,118 +196,6 @@ def read_transitions(
         termination[start + 1],
     )
     return Transitions(*map(torch.from_numpy, transitions))
-
-
-def episode_returns(path: str | Path) -> np.ndarray:
-    """Undiscounted returns (E,) of the whole episodes of a d4rl-pybullet HDF5 file."""
-    with h5py.File(path) as file:
-        rewards, terminals = (np.ravel(file[key][()]) for key in ("rewards", "terminals"))
-    end = np.flatnonzero(terminals == 1)
-    start = np.concatenate([[0], end[:-1] + 1])[: len(end)]
-    total = np.cumsum(rewards, dtype=np.float64)
-    return total[end] - total[start]  # the reward in an episode's first row belongs to no step of it
-
-
-class DataSource(NamedTuple):
-    """The file that a run learns from."""
-
-    path: Path
-    returns: np.ndarray  # of its whole episodes, (E,)
-    checksum: int  # CRC-32 of its actions and rewards
-
-    def describe(self) -> str:
-        if not len(self.returns):
-            return "no whole episode"
-        return f"{len(self.returns):,} episodes, mean return {self.returns.mean():.1f} ± {self.returns.std():.1f}"
-
-    @property
-    def is_sample(self) -> bool:
-        return self.path == SAMPLE
-
-
-def load_data(config: Config, path: Path, dims: tuple[int, int], max_steps: int) -> tuple[Transitions, DataSource]:
-    """Read ``path``, recorded in an environment of ``dims`` and time limit ``max_steps``, and print what it holds."""
-    data = read_transitions(path, max_steps, dims)
-    source = DataSource(
-        path, episode_returns(path), zlib.crc32(b"".join(column.numpy().tobytes() for column in data[1:3]))
-    )
-    say(f"data   {path}")
-    say(
-        f"       {len(data.rewards):,} transitions, {int(data.terminations.sum()):,} of them terminations; {source.describe()}"
-    )
-    if source.is_sample:
-        say(f"NOTE   this is the embedded sample, a re-collection of 100 episodes, not the published {SAMPLE_ID}")
-    if config.dataset in DOWNLOAD_URLS and config.dataset.startswith("ant-"):
-        say(
-            "NOTE   the published ant files were recorded under other dynamics than today's simulator (random: 10, today 432)"
-        )
-    return data, source
-
-
-def find_dataset(dataset: str) -> Path:
-    """The file of ``dataset``, a path or one of the 12 ids: from the cache, the network or the embedded sample.
-
-    Raises InputError if there is none.
-    """
-    if dataset not in DOWNLOAD_URLS:
-        return Path(dataset)
-    cached = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / f"{dataset}.hdf5"
-    if cached.exists():
-        return cached
-    try:
-        download(DOWNLOAD_URLS[dataset], cached, ROBOTS[dataset.split("-")[0]].dims)
-        return cached
-    except InputError as error:
-        if dataset == SAMPLE_ID and SAMPLE.exists():
-            say(f"NOTE  {error}")
-            return SAMPLE
-        remedy = f"download {DOWNLOAD_URLS[dataset]} and put it at {cached}"
-        raise InputError(f"no file for {dataset} ({error}); {remedy}") from error
-
-
-def download(url: str, path: Path, dims: tuple[int, int]) -> None:
-    """Fetch the data set at ``url`` into ``path``, which appears only once it is whole and fits ``dims``."""
-    part = None
-    try:
-        with open_url(url) as response:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
-                part = Path(file.name)
-                size = int(response.headers.get("Content-Length") or 0)
-                bar = tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None, leave=False)
-                with bar:
-                    while piece := response.read(1 << 20):
-                        bar.update(file.write(piece))
-                if size and file.tell() != size:
-                    raise InputError(f"the download of {path.name} stopped after {file.tell():,} of {size:,} bytes")
-                file.flush()
-                os.fsync(file.fileno())
-        read_columns(part, dims)
-        os.replace(part, path)
-    except InputError as error:
-        raise InputError(str(error).replace(str(part), f"the download from {url}")) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"cannot download {path.name}: {error}") from error
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
-
-
-def open_url(url: str) -> Any:
-    """Open ``url`` within NETWORK_TIMEOUT, looking up its host included, which urlopen's own time-out is not."""
-    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def connect() -> None:
-        try:
-            result.set_result(urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT))
-        except Exception as error:  # noqa: BLE001  (raised again by result())
-            result.set_exception(error)
-
-    threading.Thread(target=connect, daemon=True).start()  # no executor: that would be waited for at exit
-    try:
-        return result.result(2 * NETWORK_TIMEOUT - 1)
-    except concurrent.futures.TimeoutError as error:
-        raise TimeoutError(f"no answer within {2 * NETWORK_TIMEOUT - 1:g} s") from error
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -572,11 +327,7 @@ class CIQL:
         self.clamp_open = False  # was it at the last step?
 
     def describe(self) -> str:
-        where = (
-            f"{torch.get_num_threads()} threads"
-            if self.device.type == "cpu"
-            else torch.cuda.get_device_name(self.device)
-        )
+        where = f"{torch.get_num_threads()} threads" if self.on_cpu else torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({where}), {sum(p.numel() for p in self.parameters):,} parameters"
 
     def prepare(self, data: Transitions) -> Transitions:
@@ -719,17 +470,213 @@ def is_positive(value: Tensor) -> bool:
     return bool(value > 0)
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU. Raises InputError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# ---------------------------------------------------------------------------------------------- data files
+
+
+class Robot(NamedTuple):
+    """Environment of a data set, with the returns that make its score: random is 0, expert is 100."""
+
+    env_id: str
+    dims: tuple[int, int]  # of observations and actions
+    random_return: float
+    expert_return: float
+
+    def score(self, episode_return: Any) -> Any:
+        """D4RL's normalised score, 100 · (return − random) / (expert − random)."""
+        return 100 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
+
+    def unscore(self, score: Any) -> Any:
+        """The return of a normalised score."""
+        return self.random_return + score / 100 * (self.expert_return - self.random_return)
+
+
+# Random: published mean of the random set (ant: measured in today's simulator, the published 10.4 is of another
+# dynamics). Expert: stable-baselines3's agents, d4rl-pybullet issue 2.
+ROBOTS = {
+    "halfcheetah": Robot("HalfCheetahBulletEnv-v0", (26, 6), -1304.0, 3000.0),
+    "hopper": Robot("HopperBulletEnv-v0", (15, 3), 18.6, 2500.0),
+    "walker2d": Robot("Walker2DBulletEnv-v0", (22, 6), 15.0, 2500.0),
+    "ant": Robot("AntBulletEnv-v0", (28, 8), 432.0, 3300.0),
+}
+DOWNLOAD_URLS = {  # published by d4rl-pybullet
+    f"{name}-v0": f"https://www.dropbox.com/s/{key}/{name}-v0.hdf5?dl=1"
+    for name, key in {
+        "halfcheetah-bullet-random": "jnvpb1hp60zt2ak",
+        "halfcheetah-bullet-medium": "v4xgssp1w968a9l",
+        "halfcheetah-bullet-mixed": "scj1rqun963aw90",
+        "hopper-bullet-random": "bino8ojd7iq4p4d",
+        "hopper-bullet-medium": "w22kgzldn6eng7j",
+        "hopper-bullet-mixed": "xv3p0h7dzgxt8xb",
+        "walker2d-bullet-random": "1gwcfl2nmx6878m",
+        "walker2d-bullet-medium": "v0f2kz48b1hw6or",
+        "walker2d-bullet-mixed": "i4u2ii0d85iblou",
+        "ant-bullet-random": "2xpmh4wk2m7i8xh",
+        "ant-bullet-medium": "6n79kwd94xthr1t",
+        "ant-bullet-mixed": "pmy3dzab35g4whk",
+    }.items()
+}
+SAMPLE_ID = "halfcheetah-bullet-medium-v0"
+SAMPLE = Path(__file__).resolve().parent / "data" / "halfcheetah-bullet-medium-sample.hdf5"
+NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
+
+
+def read_columns(path: Path, dims: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+    """Read and check the four columns of a d4rl-pybullet HDF5 file, as stored: N rows, float32.
+
+    Returns observations (N, observation_dim), actions (N, action_dim), rewards (N,) and terminals (N,). ``dims`` is
+    (observation_dim, action_dim) of the environment that the data must fit.
+    Raises InputError, naming file and key, for a file that cannot be read or holds no usable data.
+    """
+    columns: dict[str, np.ndarray] = {}
     try:
-        torch.zeros((), device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
+        with h5py.File(path) as file:
+            for key in ("observations", "actions", "rewards", "terminals"):
+                if not isinstance(file.get(key), h5py.Dataset):
+                    raise InputError(f"{path}: the key '{key}' is missing; is it a d4rl-pybullet file?")
+                columns[key] = file[key].astype(np.float32)[()]
+    except InputError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(
-            f"device is {name}, which is not on this machine; use auto, cpu or a CUDA device there is"
+            f"{path}: cannot be read as HDF5 numbers ({error}); is it a whole d4rl-pybullet file?"
         ) from error
+
+    for key in ("rewards", "terminals"):  # stored as (N, 1) or (N,)
+        if columns[key].ndim == 2 and columns[key].shape[1] == 1:
+            columns[key] = columns[key][:, 0]
+    shapes = {key: column.shape for key, column in columns.items()}
+    rows = len(columns["observations"]) if columns["observations"].ndim else 0
+    for key, ndim in {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}.items():
+        if len(shapes[key]) != ndim or shapes[key][0] != rows:
+            raise InputError(
+                f"{path}: '{key}' has shape {shapes[key]}, which does not fit {rows} rows of {ndim} dimensions"
+            )
+        if not np.isfinite(columns[key]).all():
+            raise InputError(f"{path}: '{key}' holds NaN or infinite values; remove those episodes")
+    if dims and dims != (found := (shapes["observations"][1], shapes["actions"][1])):
+        raise InputError(
+            f"{path}: 'observations' and 'actions' have {found} columns, but the environment has {dims}; "
+            "set env_id to the one they were recorded in"
+        )
+    if rows and np.abs(columns["actions"]).max(initial=0) > 1 + 1e-5:
+        raise InputError(f"{path}: 'actions' reach outside [-1, 1]; rescale them to the action box")
+    if not np.isin(columns["terminals"], (0, 1)).all():
+        raise InputError(f"{path}: 'terminals' holds values other than 0 and 1; mark end rows with 1")
+    if not (columns["terminals"][:-1] == 0).any():
+        raise InputError(f"{path}: {rows} rows hold no complete transition; two rows of one episode are the least")
+    return columns
+
+
+def episode_returns(path: str | Path) -> np.ndarray:
+    """Undiscounted returns (E,) of the whole episodes of a d4rl-pybullet HDF5 file."""
+    with h5py.File(path) as file:
+        rewards, terminals = (np.ravel(file[key][()]) for key in ("rewards", "terminals"))
+    end = np.flatnonzero(terminals == 1)
+    start = np.concatenate([[0], end[:-1] + 1])[: len(end)]
+    total = np.cumsum(rewards, dtype=np.float64)
+    return total[end] - total[start]  # the reward in an episode's first row belongs to no step of it
+
+
+class DataSource(NamedTuple):
+    """The file that a run learns from."""
+
+    path: Path
+    returns: np.ndarray  # of its whole episodes, (E,)
+    checksum: int  # CRC-32 of its actions and rewards
+
+    def describe(self) -> str:
+        if not len(self.returns):
+            return "no whole episode"
+        return f"{len(self.returns):,} episodes, mean return {self.returns.mean():.1f} ± {self.returns.std():.1f}"
+
+    @property
+    def is_sample(self) -> bool:
+        return self.path == SAMPLE
+
+
+def load_data(config: Config, path: Path, dims: tuple[int, int], max_steps: int) -> tuple[Transitions, DataSource]:
+    """Read ``path``, recorded in an environment of ``dims`` and time limit ``max_steps``, and print what it holds."""
+    data = read_transitions(path, max_steps, dims)
+    with h5py.File(path) as file:
+        rows = len(file["rewards"])
+    source = DataSource(
+        path, episode_returns(path), zlib.crc32(data.rewards.numpy().data, zlib.crc32(data.actions.numpy().data))
+    )
+    say(f"data   {path}: {rows:,} rows, {source.describe()}")
+    say(f"       {len(data.rewards):,} transitions, {int(data.terminations.sum()):,} of them terminations")
+    if source.is_sample:
+        say(f"NOTE   this is the embedded sample, a re-collection of 100 episodes, not the published {SAMPLE_ID}")
+    if config.dataset in DOWNLOAD_URLS and config.dataset.startswith("ant-"):
+        say(
+            "NOTE   the published ant files were recorded under other dynamics than today's simulator (random: 10, today 432)"
+        )
+    return data, source
+
+
+def find_dataset(dataset: str) -> Path:
+    """The file of ``dataset``, a path or one of the 12 ids: from the cache, the network or the embedded sample.
+
+    Raises InputError if there is none.
+    """
+    if dataset not in DOWNLOAD_URLS:
+        return Path(dataset)
+    cached = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / f"{dataset}.hdf5"
+    if cached.exists():
+        return cached
+    try:
+        download(DOWNLOAD_URLS[dataset], cached, ROBOTS[dataset.split("-")[0]].dims)
+        return cached
+    except InputError as error:
+        if dataset == SAMPLE_ID and SAMPLE.exists():
+            say(f"NOTE   {error}")
+            return SAMPLE
+        remedy = f"download {DOWNLOAD_URLS[dataset]} and put it at {cached}"
+        raise InputError(f"no file for {dataset} ({error}); {remedy}") from error
+
+
+def download(url: str, path: Path, dims: tuple[int, int]) -> None:
+    """Fetch the data set at ``url`` into ``path``, which appears only once it is whole and fits ``dims``."""
+    part = None
+    try:
+        with open_url(url) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
+                part = Path(file.name)
+                size = int(response.headers.get("Content-Length") or 0)
+                bar = tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None, leave=False)
+                with bar:
+                    while piece := response.read(1 << 20):
+                        bar.update(file.write(piece))
+                if size and file.tell() != size:
+                    raise InputError(f"the download of {path.name} stopped after {file.tell():,} of {size:,} bytes")
+                file.flush()
+                os.fsync(file.fileno())
+        read_columns(part, dims)
+        os.replace(part, path)
+    except InputError as error:
+        raise InputError(str(error).replace(str(part), f"the download from {url}")) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"cannot download {path.name}: {error}") from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def open_url(url: str) -> Any:
+    """Open ``url`` within NETWORK_TIMEOUT, looking up its host included, which urlopen's own time-out is not."""
+    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def connect() -> None:
+        try:
+            result.set_result(urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT))
+        except Exception as error:  # noqa: BLE001  (raised again by result())
+            result.set_exception(error)
+
+    threading.Thread(target=connect, daemon=True).start()  # no executor: that would be waited for at exit
+    try:
+        return result.result(2 * NETWORK_TIMEOUT - 1)
+    except concurrent.futures.TimeoutError as error:
+        raise TimeoutError(f"no answer within {2 * NETWORK_TIMEOUT - 1:g} s") from error
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -783,6 +730,16 @@ class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
         super().__init__(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
         self.env_id = env_id
 
+    def start(self) -> concurrent.futures.Future[tuple[tuple[int, int], int]]:
+        """Start the workers, deaf to Ctrl-C from the first; what comes is the description of the environment."""
+        if threading.current_thread() is not threading.main_thread():
+            return self.submit(describe_environment, self.env_id)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit
+        try:
+            return self.submit(describe_environment, self.env_id)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
     def __exit__(self, *exception: object) -> None:
         self.shutdown(cancel_futures=True)
 
@@ -817,8 +774,9 @@ def film_episode(policy: bytes, env_id: str, seed: int, path: Path) -> None:
 
 
 def start_worker() -> None:
-    """Prepare a process of the pool: one thread, silent, deaf to Ctrl-C, and gone with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    """Prepare a process of the pool: one thread, silent, deaf to signals, and gone with its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent's to handle
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # the simulator prints from C; our errors travel to the parent as exceptions
@@ -836,12 +794,6 @@ def start_worker() -> None:
 def episode_seeds(seed: int, step: int, episodes: int) -> list[int]:
     """Seeds of the evaluation at ``step``: new ones each time, the same ones in every run of that seed."""
     return [int(s) for s in np.random.SeedSequence([seed, step]).generate_state(episodes)]
-
-
-def say(line: str) -> None:
-    """Print one line of the log on stdout, above a progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
 
 
 def play_and_report(config: Config, policy: GaussianPolicy, pool: EvaluationPool, step: int) -> dict[str, float]:
@@ -881,7 +833,7 @@ class RunFolder:
         self.rows = list(rows)
         episodes = (f"return_{n}" for n in range(1, config.eval_episodes + 1))
         self.columns = ["step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes]
-        write_whole(path / "config.json", config.to_json().encode())
+        write_whole(path / "config.json", settings_to_json(config).encode())
         header: dict[str, Any] = {name: name for name in self.columns}
         write_whole(path / "metrics.csv", self.csv([header, *self.rows]))
         self.board = self.open_board(config)
@@ -931,13 +883,18 @@ class RunFolder:
     def record(self, row: dict[str, float]) -> None:
         """Add a row to metrics.csv and to the event files."""
         self.rows.append(row)
-        with open(self.path / "metrics.csv", "ab") as file:
-            file.write(self.csv([row]))
+        try:
+            with open(self.path / "metrics.csv", "ab") as file:
+                file.write(self.csv([row]))
+            self.board.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror}); make room, then --resume it"
+            ) from error
         step = int(row["step"])
         for name in row.keys() - {"step"}:
             group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
             self.board.add_scalar(f"{group}/{name}", row[name], step)
-        self.board.flush()
         if self.wandb:
             self.wandb.log(row, step=step)
 
@@ -945,9 +902,21 @@ class RunFolder:
         """Evaluation steps (E,) and returns (E, eval_episodes)."""
         episodes = [name for name in self.columns if re.fullmatch(r"return_\d+", name)]
         rows = [row for row in self.rows if "return_mean" in row]
-        return np.array([int(row["step"]) for row in rows]), np.array(
-            [[row[name] for name in episodes] for row in rows]
-        )
+        returns = np.array([[row[name] for name in episodes] for row in rows])
+        return np.array([int(row["step"]) for row in rows]), returns.reshape(-1, len(episodes))
+
+
+PATHS = ("plot", "out_dir", "resume", "evaluate")  # the settings that are paths
+
+
+def settings_to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+
+
+def settings_from_json(text: str) -> Config:
+    values = json.loads(text)
+    paths = {name: Path(values[name]) for name in PATHS if values[name] is not None}
+    return Config(**values | paths | {"hidden_sizes": tuple(values["hidden_sizes"])})
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -958,17 +927,25 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there; name the folder of a run that has been evaluated once") from error
-    except Exception as error:  # torch raises many kinds for a damaged file
+    except Exception as error:
         raise InputError(f"{path} cannot be read as a checkpoint; is it damaged?") from error
 
 
 def load_policy(folder: str | Path) -> GaussianPolicy:
     """The policy saved in a run folder, on the CPU, ready to ``act``. Raises InputError as ``load_checkpoint``."""
     checkpoint = load_checkpoint(Path(folder))
-    config, state = Config.from_json(checkpoint["config"]), checkpoint["agent"]["policy"]
+    config, state = settings_from_json(checkpoint["config"]), checkpoint["agent"]["policy"]
     policy = GaussianPolicy(len(state["observation_mean"]), len(state["log_std"]), config.hidden_sizes)
     policy.load_state_dict(state)
     return policy
+
+
+def algorithm_changes(config: Config) -> str:
+    """The settings of algorithm and networks that differ from the defaults."""
+    fields = [field for field in dataclasses.fields(config) if field.name not in (*PATHS, "dataset", "env_id", "seed")]
+    fields = fields[: [field.name for field in fields].index("max_steps")]
+    changes = (f"{f.name} {getattr(config, f.name)}" for f in fields if getattr(config, f.name) != f.default)
+    return ", ".join(changes) or "default settings"
 
 
 def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
@@ -1004,8 +981,8 @@ def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
     axes.set_xlim(left=0)
     axes.legend(fontsize="small", ncols=2, loc="lower right")
     sample = " (embedded sample, not the published file)" if source.is_sample else ""
-    settings = config.algorithm_changes() or "default settings"
-    top.suptitle(f"CIQL on {Path(config.dataset).stem}{sample}\nseed {config.seed}, {settings}", fontsize="medium")
+    title = f"CIQL on {Path(config.dataset).stem}{sample}\nseed {config.seed}, {algorithm_changes(config)}"
+    top.suptitle(title, fontsize="medium")
     panels = {"value_loss": "V loss", "q_loss": "Q loss", "policy_loss": "policy loss", "q": "mean Q(s, a)"}
     logged = [row for row in folder.rows if "q" in row]
     for panel, (name, label) in zip(bottom.subplots(1, 4), panels.items(), strict=True):
@@ -1021,6 +998,44 @@ def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ training
+
+
+def check_machine(config: Config) -> None:
+    """Raise InputError for what this machine does not have: the device, or a place to write to."""
+    find_device(config.device)
+    if config.plot.suffix not in (".png", ".pdf", ".svg") or not os.access(config.plot.parent, os.W_OK | os.X_OK):
+        raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg in a folder that can be written")
+    there = config.out_dir.absolute()
+    while not there.exists():
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"out_dir is {config.out_dir}, but {there} is no folder that can be written; choose another")
+    if config.wandb_project and not importlib.util.find_spec("wandb"):
+        raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU. Raises InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros((), device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
+        raise InputError(
+            f"device is {name}, which is not on this machine; use auto, cpu or a CUDA device there is"
+        ) from error
+
+
+def check_resumes(config: Config, checkpoint: dict[str, Any]) -> None:
+    """Raise InputError unless ``config`` goes on from ``checkpoint`` as if it had never stopped."""
+    saved, free = settings_from_json(checkpoint["config"]), (*PATHS, "max_steps", "film", "wandb_project")
+    now = dataclasses.asdict(config)
+    changes = (f"{name} {now[name]} (was {old})" for name, old in dataclasses.asdict(saved).items() if now[name] != old)
+    if changed := [change for change in changes if not change.startswith(free)]:
+        raise InputError(f"{config.resume} was trained with other settings; resume without {', '.join(changed)}")
+    if config.max_steps < checkpoint["step"]:
+        raise InputError(f"max_steps is {config.max_steps}, but the run is at step {checkpoint['step']}; raise it")
 
 
 class Stopped(Exception):
@@ -1096,7 +1111,7 @@ def save_checkpoint(
     if not all(parameter.isfinite().all() for parameter in agent.parameters):
         raise Diverged(f"a weight is NaN or infinite at step {step:,}; lower lr")
     checkpoint = {
-        "config": config.to_json(),
+        "config": settings_to_json(config),
         "step": step,
         "agent": agent.state_dict(),
         "random_state": torch.get_rng_state(),
@@ -1127,30 +1142,31 @@ def train(config: Config) -> tuple[np.ndarray, np.ndarray]:
     network, Diverged for losses that are not finite, Stopped after SIGINT or SIGTERM.
     """
     start = time.perf_counter()
-    config.check_machine()
+    check_machine(config)
     checkpoint = load_checkpoint(config.resume) if config.resume else None
     if checkpoint:
-        config.check_resumes(checkpoint)
+        check_resumes(config, checkpoint)
     path = find_dataset(config.dataset)
     with EvaluationPool(config.environment, config.eval_episodes) as pool, StopSignals() as stop:
         if config.robot:
             data, source = load_data(config, path, config.robot.dims, 1000)
-            pool.submit(describe_environment, config.environment)  # start the workers while we go on
+            pool.start()  # while we go on
         else:
-            data, source = load_data(config, path, *pool.submit(describe_environment, config.environment).result())
+            data, source = load_data(config, path, *pool.start().result())
         torch.manual_seed(config.seed)
         agent = CIQL(data.observations.shape[1], data.actions.shape[1], config)
         data = agent.prepare(data)
-        meter, first = Meter(agent.device), 1
         if checkpoint and config.resume:
             if checkpoint["checksum"] != source.checksum:
                 raise InputError(f"{path} is not the data that {config.resume} was trained on; put that back")
             folder, first = RunFolder(config.resume, config, checkpoint["rows"]), checkpoint["step"] + 1
-            restore(checkpoint, agent, meter)
         else:
-            folder = RunFolder.create(config)
-        say(f"run    {folder.path}, {agent.describe()}")
+            folder, first = RunFolder.create(config), 1
+        say(f"run    {folder.path}, {agent.describe()}{', compiling the step' if config.compile else ''}")
         step_function = agent.compiled_step(data) if config.compile else agent.step
+        meter = Meter(agent.device)
+        if checkpoint:
+            restore(checkpoint, agent, meter)
 
         bar = tqdm(range(first, config.max_steps + 1), "train", config.max_steps, initial=first - 1, disable=None)
         for step in bar:
@@ -1200,7 +1216,6 @@ def summarize(config: Config, folder: RunFolder, seconds: float) -> None:
 def evaluate(config: Config) -> None:
     """Play ``eval_episodes`` episodes of the policy saved in the run folder ``config.evaluate``, and film on request."""
     assert config.evaluate
-    find_device("cpu")
     policy, step = load_policy(config.evaluate), load_checkpoint(config.evaluate)["step"]
     with EvaluationPool(config.environment, config.eval_episodes) as pool:
         play_and_report(config, policy, pool, step)
@@ -1220,15 +1235,14 @@ def parse(arguments: Sequence[str]) -> Config:
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
-            lines = [
-                line.strip("│ ") for line in box.getvalue().splitlines()[1:]
-            ]  # tyro draws a box: the cause comes first
+            # tyro draws a box, the cause first
+            lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
             cause = " ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines))
             raise InputError(f"{cause.removeprefix('Error parsing Config: ')}; --help lists the settings") from stop
 
     config = flags(Config())
     if folder := config.resume or config.evaluate:
-        saved = Config.from_json(load_checkpoint(folder)["config"])
+        saved = settings_from_json(load_checkpoint(folder)["config"])
         config = flags(dataclasses.replace(saved, resume=config.resume, evaluate=config.evaluate, film=False))
     return config
 

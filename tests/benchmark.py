@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ciql_pybullet import CIQL, SAMPLE, Config, EvaluationPool, Transitions, play_episode, read_transitions  # noqa: E402
+from ciql_pybullet import CIQL, SAMPLE, Config, EvaluationPool, Transitions, play_episode, read_transitions
 
 S, A, B, H, K = 26, 6, 256, 256, 10  # the default job: HalfCheetah at the default settings
 ENV = "HalfCheetahBulletEnv-v0"

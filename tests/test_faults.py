@@ -381,4 +381,4 @@ if __name__ == "__main__":
 
 def test_config_survives_json():
     config = Config(dataset="x.hdf5", env_id="E-v0", hidden_sizes=(3, 4), alpha=0.5)
-    assert Config.from_json(config.to_json()) == config
+    assert ciql_pybullet.settings_from_json(ciql_pybullet.settings_to_json(config)) == config

@@ -52,7 +52,8 @@ def test_300_steps(start, tmp_path):
     assert process.returncode == 0, err
     assert err == ""
     assert "argv[0]" not in out and "pybullet build time" not in out
-    assert "100,000 transitions, 0 of them terminations; 100 episodes, mean return 861.8 ± 90.6" in out
+    assert "halfcheetah-bullet-medium-sample.hdf5: 100,100 rows, 100 episodes, mean return 861.8 ± 90.6\n" in out
+    assert "100,000 transitions, 0 of them terminations\n" in out
     assert "NOTE   this is the embedded sample" in out
     number = r"-?\d+\.\d+"
     losses = rf"step +\d+  V {number}  Q {number}  policy {number}  penalty {number}  mean Q {number}  \d+ steps/s"

@@ -1,0 +1,107 @@
+"""Every command line of the READMEs works, at small size; its tables and names are those of the code."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, hopper_file
+
+import ciql_pybullet
+from ciql_pybullet import Config, read_transitions
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|pip|tensorboard) ", line)]
+SMALL = "--device cpu --no-compile --max-steps 6 --eval-interval 3 --log-interval 2 --eval-episodes 1"
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 10
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a finished run, a data set in the cache and one of the user's own."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "cache").mkdir()
+    hopper_file(folder / "cache" / "hopper-bullet-mixed-v0.hdf5")
+    hopper_file(folder / "my.hdf5")
+    environment = os.environ | {"D4RL_DATASET_DIR": str(folder / "cache"), "WANDB_MODE": "offline", "HOME": str(folder)}
+
+    def run(command):
+        return subprocess.run(
+            shlex.split(command), check=False, cwd=folder, capture_output=True, text=True, env=environment, timeout=100
+        )
+
+    first = run(f"{sys.executable} {ROOT}/ciql_pybullet.py --dataset hopper-bullet-mixed-v0 {SMALL} --out-dir runs")
+    assert first.returncode == 0, first.stderr
+    (done,) = (folder / "runs").iterdir()
+    done.rename(folder / "runs" / "RUN")
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(workplace, command):
+    if command.startswith("pip install"):  # .ci/run runs these
+        files = re.findall(r"-r (\S+)", command)
+        assert files and all((ROOT / name).is_file() for name in files)
+        return
+    if command.startswith("tensorboard"):
+        command = f"{sys.executable} -m tensorboard.main {command.removeprefix('tensorboard ')} --inspect"
+    else:
+        command = command.replace("python ", f"{sys.executable} {ROOT}/", 1)
+        if "--resume" in command:
+            command = re.sub(r"--max-steps \d+", "--max-steps 9", command)
+        elif "--evaluate" not in command and "benchmark" not in command and "--help" not in command:
+            command = re.sub(r"--max-steps \d+", "", command) + " " + SMALL
+    if "benchmark" in command:
+        command += " --help"
+    result = workplace(command)
+    if "--wandb-project" in command and not importlib.util.find_spec("wandb"):
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "pip install wandb" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_python_example(workplace):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    check = "import numpy; observation = numpy.zeros(15)\n" + code + "assert action.shape == (3,)\n"
+    result = workplace(f"env PYTHONPATH={ROOT} {sys.executable} -c {shlex.quote(check)}")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_settings_table():
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", README, re.MULTILINE)
+    assert len(rows) >= 14
+    for name, value in rows:
+        default = defaults[name]
+        shown = [float(v) for v in value.replace(",", "").replace("−", "-").split()]
+        assert shown == list(default if isinstance(default, tuple) else (default,)), name
+
+
+def test_names_in_the_readme_exist():
+    for name in ("expectile_loss", "conservative_penalty", "awr_weights", "load_policy", "CIQL", "Config", "train"):
+        assert f"`{name}" in README or f"import {name}" in README
+        assert hasattr(ciql_pybullet, name)
+
+
+def test_data_program(tmp_path):
+    """It writes files that are read as what was played: Hopper falls, and a fall is a termination."""
+    command = "--env-id HopperBulletEnv-v0 --name hopper-bullet --level -1000 --rows 150 --out sets"
+    program = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *shlex.split(command)]
+    result = subprocess.run(program, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for kind in ("random", "medium", "mixed"):
+        t = read_transitions(tmp_path / "sets" / f"hopper-bullet-{kind}-v0.hdf5")
+        assert t.observations.shape[1] == 15 and t.actions.abs().max() <= 1
+        assert t.terminations.sum() >= 1
+        # a transition's reward is for moving on: never the 0 beside an episode's first observation
+        assert (t.rewards != 0).all()
+        assert len(t.rewards) <= 150
