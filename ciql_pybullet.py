@@ -32,6 +32,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -395,7 +396,7 @@ class CIQL:
             # ReLU'(x) = 0 for x <= 0: with the clamp closed, leaving out the penalty's backward pass (over half of the
             # work) is exact. Start from what the last step found, and go again if an open clamp was taken for closed.
             gradients, metrics = self.gradients(batch, negative_actions, self.clamp_open)
-            is_open = is_positive(metrics["penalty"])
+            is_open = bool(metrics["penalty"] > 0)
             if is_open and not self.clamp_open:
                 gradients, metrics = self.gradients(batch, negative_actions, True)
             self.clamp_open = is_open
@@ -435,6 +436,7 @@ class CIQL:
         torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
         torch._dynamo.config.trace_autograd_ops = True  # the backward pass in the graph of the step
         torch._inductor.config.fallback_random = True  # the eager step's random numbers
+        torch._logging.set_logs(dynamo=logging.ERROR)  # no warning that the branch on the clamp breaks the graph
         torch._inductor.config.cpp_wrapper = self.on_cpu  # no Python between the kernels
         step = torch.compile(self.step, fullgraph=not self.on_cpu)
         before = copy.deepcopy(self.state_dict())
@@ -462,12 +464,6 @@ class CIQL:
         for name in self.ADAM:
             torch._foreach_copy_(getattr(self, name), state[name])
         self.clamp_open = state["clamp_open"]
-
-
-@torch.compiler.disable
-def is_positive(value: Tensor) -> bool:
-    """Read ``value`` on the host. Outside the compiled graphs, since the step branches on it."""
-    return bool(value > 0)
 
 
 # ---------------------------------------------------------------------------------------------- data files
@@ -843,7 +839,13 @@ class RunFolder:
 
             settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
             self.wandb = wandb.init(
-                project=config.wandb_project, name=path.name, id=path.name, dir=path, config=settings, resume="allow"
+                project=config.wandb_project,
+                name=path.name,
+                id=path.name,
+                dir=path,
+                config=settings,
+                resume="allow",
+                settings=wandb.Settings(silent=True),
             )
 
     def open_board(self, config: Config) -> Any:
@@ -860,7 +862,7 @@ class RunFolder:
     def close(self) -> None:
         self.board.close()
         if self.wandb:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
     @classmethod
     def create(cls, config: Config) -> Self:

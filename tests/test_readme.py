@@ -17,7 +17,7 @@ from ciql_pybullet import Config, read_transitions
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|pip|tensorboard) ", line)]
-SMALL = "--device cpu --no-compile --max-steps 6 --eval-interval 3 --log-interval 2 --eval-episodes 1"
+SMALL = "--device cpu --no-compile --max-steps 4 --log-interval 2 --eval-episodes 1"
 
 
 def test_the_readme_has_commands():
@@ -56,7 +56,7 @@ def test_command(workplace, command):
     else:
         command = command.replace("python ", f"{sys.executable} {ROOT}/", 1)
         if "--resume" in command:
-            command = re.sub(r"--max-steps \d+", "--max-steps 9", command)
+            command = re.sub(r"--max-steps \d+", "--max-steps 6", command)
         elif "--evaluate" not in command and "benchmark" not in command and "--help" not in command:
             command = re.sub(r"--max-steps \d+", "", command) + " " + SMALL
     if "benchmark" in command:
