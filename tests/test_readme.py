@@ -1,5 +1,6 @@
 """Every command line of the READMEs works, at small size; its tables and names are those of the code."""
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import os
@@ -8,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 from conftest import ROOT, hopper_file
 
@@ -45,28 +47,44 @@ def workplace(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(workplace, command):
-    if command.startswith("pip install"):  # .ci/run runs these
-        files = re.findall(r"-r (\S+)", command)
-        assert files and all((ROOT / name).is_file() for name in files)
-        return
+def in_small(command):
+    """The same command line at small size, run from the clone."""
+    command = command.split(" && ")[-1]
     if command.startswith("tensorboard"):
-        command = f"{sys.executable} -m tensorboard.main {command.removeprefix('tensorboard ')} --inspect"
-    else:
-        command = command.replace("python ", f"{sys.executable} {ROOT}/", 1)
-        if "--resume" in command:
-            command = re.sub(r"--max-steps \d+", "--max-steps 6", command)
-        elif "--evaluate" not in command and "benchmark" not in command and "--help" not in command:
-            command = re.sub(r"--max-steps \d+", "", command) + " " + SMALL
-    if "benchmark" in command:
-        command += " --help"
-    result = workplace(command)
+        return f"{sys.executable} -m tensorboard.main {command.removeprefix('tensorboard ')} --inspect"
+    if "-m pytest" in command or "benchmark" in command or "--help" in command:
+        return command.replace("python ", f"{sys.executable} {'' if '-m' in command else f'{ROOT}/'}", 1) + " --help"
+    command = re.sub(r" --max-steps \d+", "", command.replace("python ", f"{sys.executable} {ROOT}/", 1))
+    if "--evaluate" in command:
+        return command
+    return f"{command} --max-steps 6" if "--resume" in command else f"{command} {SMALL}"
+
+
+@pytest.fixture(scope="module")
+def results(workplace):
+    """What each command line gave; two run at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(COMMANDS, pool.map(workplace, map(in_small, COMMANDS)), strict=True))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(results, command):
+    result = results[command]
     if "--wandb-project" in command and not importlib.util.find_spec("wandb"):
         assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "pip install wandb" in result.stderr
         return
     assert result.returncode == 0, result.stderr
     assert result.stdout
+    for name in re.findall(r"-r (\S+)", command):  # .ci/run installs with them
+        assert (ROOT / name).is_file()
+
+
+def test_film(results, workplace):
+    assert any("--film" in command for command in COMMANDS)
+    film = f"{workplace('pwd').stdout.strip()}/runs/RUN/policy.gif"
+    with PIL.Image.open(film) as image:
+        assert image.format == "GIF" and image.n_frames > 1 and image.size == (320, 240)
+    assert os.path.getsize(film) < 3e6
 
 
 def test_python_example(workplace):

@@ -70,11 +70,10 @@ def test_300_steps(start, tmp_path):
 
     # the saved policy plays what training saw, to the bit
     last = re.findall(evaluation, out)[-1]
-    process = start("--evaluate", str(folder), "--film")
+    process = start("--evaluate", str(folder))
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert re.findall(evaluation, out) == [last]
-    assert (folder / "policy.gif").read_bytes().startswith(b"GIF89a")
     action = load_policy(folder).act(np.zeros(26, np.float32))
     assert action.shape == (6,) and np.abs(action).max() <= 1
 
@@ -120,7 +119,7 @@ def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- resuming
 
-LONG = [*HOPPER, "--max-steps", "2400", "--eval-interval", "200", "--log-interval", "70"]
+LONG = [*HOPPER, "--eval-episodes", "1", "--max-steps", "1000", "--eval-interval", "100", "--log-interval", "35"]
 
 
 def parent_of(pid):
@@ -155,7 +154,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(start, tmp_path):
     whole = run_folder(tmp_path)
 
     resume = LONG
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process = start(*resume)
         evaluations = 0
         for line in process.stdout:  # once past a checkpoint ...
@@ -172,7 +171,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(start, tmp_path):
         if number != signal.SIGKILL:
             assert "go on with --resume" in out
         folder = run_folder(tmp_path, 1)
-        assert 0 < load_checkpoint(folder)["step"] < 2400
+        assert 0 < load_checkpoint(folder)["step"] < 1000
         resume = ["--resume", str(folder)]
     process = start(*resume)
     out, err = process.communicate()
