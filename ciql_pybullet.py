@@ -718,6 +718,11 @@ def play_episode(policy: bytes, env_id: str, seed: int) -> float:
     return total
 
 
+def pickled(policy: GaussianPolicy) -> bytes:
+    """A CPU copy of ``policy``, ready to be sent to a worker."""
+    return pickle.dumps(copy.deepcopy(policy).cpu())
+
+
 class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
     """Worker processes for episodes, one core each. The simulator lives in them alone, and so does what it prints."""
 
@@ -741,12 +746,12 @@ class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
 
     def returns(self, policy: GaussianPolicy, seeds: Sequence[int]) -> list[float]:
         """The return of one episode a seed, played by the mean action of ``policy``."""
-        episode = functools.partial(play_episode, pickle.dumps(copy.deepcopy(policy).cpu()), self.env_id)
+        episode = functools.partial(play_episode, pickled(policy), self.env_id)
         return list(self.map(episode, seeds))
 
     def film(self, policy: GaussianPolicy, seed: int, path: Path) -> None:
         """Film one episode of ``policy``."""
-        self.submit(film_episode, pickle.dumps(copy.deepcopy(policy).cpu()), self.env_id, seed, path).result()
+        self.submit(film_episode, pickled(policy), self.env_id, seed, path).result()
         say(f"film   {path}")
 
 
@@ -832,12 +837,12 @@ class RunFolder:
         write_whole(path / "config.json", settings_to_json(config).encode())
         header: dict[str, Any] = {name: name for name in self.columns}
         write_whole(path / "metrics.csv", self.csv([header, *self.rows]))
-        self.board = self.open_board(config)
+        settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+        self.board = self.open_board(settings)
         self.wandb: Any = None
         if config.wandb_project:
             import wandb
 
-            settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
             self.wandb = wandb.init(
                 project=config.wandb_project,
                 name=path.name,
@@ -848,13 +853,12 @@ class RunFolder:
                 settings=wandb.Settings(silent=True),
             )
 
-    def open_board(self, config: Config) -> Any:
+    def open_board(self, settings: dict[str, str]) -> Any:
         """TensorBoard's writer, told the settings; what an earlier process wrote past our rows is hidden."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         board = SummaryWriter(self.path, purge_step=int(self.rows[-1]["step"]) + 1 if self.rows else None)
-        settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
         for summary in hparams(settings, {"evaluation/return_mean": 0.0}):
             board._get_file_writer().add_summary(summary)
         return board
@@ -888,17 +892,16 @@ class RunFolder:
         try:
             with open(self.path / "metrics.csv", "ab") as file:
                 file.write(self.csv([row]))
+            for name in row.keys() - {"step"}:
+                group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
+                self.board.add_scalar(f"{group}/{name}", row[name], int(row["step"]))
             self.board.flush()
         except OSError as error:
             raise InputError(
                 f"{self.path} cannot be written ({error.strerror}); make room, then --resume it"
             ) from error
-        step = int(row["step"])
-        for name in row.keys() - {"step"}:
-            group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
-            self.board.add_scalar(f"{group}/{name}", row[name], step)
         if self.wandb:
-            self.wandb.log(row, step=step)
+            self.wandb.log(row, step=int(row["step"]))
 
     def evaluations(self) -> tuple[np.ndarray, np.ndarray]:
         """Evaluation steps (E,) and returns (E, eval_episodes)."""
