@@ -12,6 +12,7 @@ y does not bootstrap after a true termination; ā are num_neg actions a state, d
 Usage:
     python ciql_pybullet.py                                      the settings below
     python ciql_pybullet.py --dataset hopper-bullet-mixed-v0 --seed 3
+    python ciql_pybullet.py --seeds 0 1 2 3 4                    a study: many runs, side by side, summarised
     python ciql_pybullet.py --help                               every setting
 
 References:
@@ -21,9 +22,11 @@ References:
     d4rl-pybullet, the data sets (github.com/takuseno/d4rl-pybullet)
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import difflib
 import functools
@@ -37,16 +40,21 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import re
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.request
+import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -100,6 +108,7 @@ class Config:
     eval_episodes: int = 5  # episodes an evaluation
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
+    threads: int = 0  # CPU threads; 0 takes a core each, in a study through Ray one
     compile: bool = True  # compile the gradient step (about 30 s at the start, needs a C++ compiler)
     plot: Path = Path("eval_returns.png")  # picture of the evaluation returns
     out_dir: Path = Path("runs")  # every run makes a folder in here: settings, metrics, checkpoint
@@ -107,6 +116,12 @@ class Config:
     film: bool = False  # film an episode of the final policy, or of the evaluated one: policy.gif in the run folder
     resume: Path | None = None  # go on from the checkpoint in this run folder, with its settings
     evaluate: Path | None = None  # train nothing: play eval_episodes episodes of the policy in this run folder
+    # Study: every data set with every seed, through Ray where it is installed
+    seeds: tuple[int, ...] = ()  # none: seed
+    datasets: tuple[str, ...] = ()  # none: dataset
+    study: Path | None = None  # folder of the study; the same command again skips what is complete and resumes the rest
+    ray_address: str | None = None  # of a Ray cluster, auto or HOST:PORT; none: this machine
+    gpu_share: float = 0.25  # of a GPU that a run takes in a study, where there is one
 
     def __post_init__(self) -> None:
         positive, inf = "a whole number of at least 1", math.inf
@@ -127,6 +142,11 @@ class Config:
             "log_interval": (self.log_interval >= 1, positive),
             "eval_interval": (self.eval_interval >= 1, positive),
             "eval_episodes": (self.eval_episodes >= 1, positive),
+            "threads": (self.threads >= 0, "0 or a whole number of threads"),
+            "seeds": (len(set(self.seeds)) == len(self.seeds), "all different"),
+            "datasets": (len({Path(d).stem for d in self.datasets}) == len(self.datasets), "all of different names"),
+            "study": (not (self.study and (self.resume or self.evaluate)), "left out with resume and evaluate"),
+            "gpu_share": (0 < self.gpu_share <= 1, "in (0, 1]"),
         }
         for name, (valid, requirement) in rules.items():
             if not valid:
@@ -329,7 +349,8 @@ class CIQL:
 
     def describe(self) -> str:
         where = f"{torch.get_num_threads()} threads" if self.on_cpu else torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} ({where}), {sum(p.numel() for p in self.parameters):,} parameters"
+        compiling = ", compiling the step" if self.config.compile else ""
+        return f"{self.device.type} ({where}), {sum(p.numel() for p in self.parameters):,} parameters{compiling}"
 
     def prepare(self, data: Transitions) -> Transitions:
         """Normalise the observations (in place), tell the policy how, and move the data to the device."""
@@ -578,16 +599,20 @@ class DataSource(NamedTuple):
 
     path: Path
     returns: np.ndarray  # of its whole episodes, (E,)
-    checksum: int  # CRC-32 of its actions and rewards
+    checksum: int = 0  # CRC-32 of its actions and rewards
 
     def describe(self) -> str:
         if not len(self.returns):
             return "no whole episode"
         return f"{len(self.returns):,} episodes, mean return {self.returns.mean():.1f} ± {self.returns.std():.1f}"
 
+    def title(self, config: Config) -> str:
+        """The name of the data set in a picture."""
+        return Path(config.dataset).stem + (" (embedded sample, not the published file)" if self.is_sample else "")
+
     @property
     def is_sample(self) -> bool:
-        return self.path == SAMPLE
+        return self.path.name == SAMPLE.name
 
 
 def load_data(config: Config, path: Path, dims: tuple[int, int], max_steps: int) -> tuple[Transitions, DataSource]:
@@ -845,8 +870,9 @@ class RunFolder:
 
             self.wandb = wandb.init(
                 project=config.wandb_project,
+                group=path.parent.name,
                 name=path.name,
-                id=path.name,
+                id=f"{path.parent.name}-{path.name}",
                 dir=path,
                 config=settings,
                 resume="allow",
@@ -858,7 +884,7 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        board = SummaryWriter(self.path, purge_step=int(self.rows[-1]["step"]) + 1 if self.rows else None)
+        board = SummaryWriter(self.path, purge_step=int(self.rows[-1]["step"]) + 1 if self.rows else 0)
         for summary in hparams(settings, {"evaluation/return_mean": 0.0}):
             board._get_file_writer().add_summary(summary)
         return board
@@ -903,15 +929,15 @@ class RunFolder:
         if self.wandb:
             self.wandb.log(row, step=int(row["step"]))
 
-    def evaluations(self) -> tuple[np.ndarray, np.ndarray]:
-        """Evaluation steps (E,) and returns (E, eval_episodes)."""
-        episodes = [name for name in self.columns if re.fullmatch(r"return_\d+", name)]
-        rows = [row for row in self.rows if "return_mean" in row]
-        returns = np.array([[row[name] for name in episodes] for row in rows])
-        return np.array([int(row["step"]) for row in rows]), returns.reshape(-1, len(episodes))
+
+def evaluations(rows: Sequence[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluation steps (E,) and returns (E, eval_episodes) among the rows of metrics.csv."""
+    evaluated = [row for row in rows if "return_mean" in row]
+    returns = [[value for name, value in row.items() if re.fullmatch(r"return_\d+", name)] for row in evaluated]
+    return np.array([int(row["step"]) for row in evaluated]), np.array(returns)
 
 
-PATHS = ("plot", "out_dir", "resume", "evaluate")  # the settings that are paths
+PATHS = ("plot", "out_dir", "resume", "evaluate", "study")  # the settings that are paths
 
 
 def settings_to_json(config: Config) -> str:
@@ -921,7 +947,7 @@ def settings_to_json(config: Config) -> str:
 def settings_from_json(text: str) -> Config:
     values = json.loads(text)
     paths = {name: Path(values[name]) for name in PATHS if values[name] is not None}
-    return Config(**values | paths | {"hidden_sizes": tuple(values["hidden_sizes"])})
+    return Config(**values | paths | {name: tuple(v) for name, v in values.items() if isinstance(v, list)})
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -958,7 +984,7 @@ def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps, returns = folder.evaluations()
+    steps, returns = evaluations(folder.rows)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1))
     top, bottom = parts
@@ -970,6 +996,22 @@ def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
     axes.fill_between(
         steps, mean - std, mean + std, color="#0072B2", alpha=0.25, linewidth=0, label="± standard deviation"
     )
+    draw_references(axes, config, source)
+    top.suptitle(f"CIQL on {source.title(config)}\nseed {config.seed}, {algorithm_changes(config)}", fontsize="medium")
+    panels = {"value_loss": "V loss", "q_loss": "Q loss", "policy_loss": "policy loss", "q": "mean Q(s, a)"}
+    logged = [row for row in folder.rows if "q" in row]
+    for panel, (name, label) in zip(bottom.subplots(1, 4), panels.items(), strict=True):
+        panel.plot([row["step"] for row in logged], [row[name] for row in logged], color="#0072B2", linewidth=1)
+        panel.set_title(label, fontsize="small")
+        panel.tick_params(labelsize="x-small")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+        panel.xaxis.set_major_locator(MaxNLocator(3))
+        panel.grid(alpha=0.3)
+    save_figure(figure, config.plot)
+
+
+def draw_references(axes: Any, config: Config, source: DataSource) -> None:
+    """Dress axes of returns against steps: the returns of data set, random and expert policy, the score at the right."""
     references = {}
     if len(source.returns):
         references["data set"] = (source.returns.mean(), "#D55E00", "--")
@@ -985,38 +1027,30 @@ def draw(config: Config, folder: RunFolder, source: DataSource) -> None:
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
     axes.legend(fontsize="small", ncols=2, loc="lower right")
-    sample = " (embedded sample, not the published file)" if source.is_sample else ""
-    title = f"CIQL on {Path(config.dataset).stem}{sample}\nseed {config.seed}, {algorithm_changes(config)}"
-    top.suptitle(title, fontsize="medium")
-    panels = {"value_loss": "V loss", "q_loss": "Q loss", "policy_loss": "policy loss", "q": "mean Q(s, a)"}
-    logged = [row for row in folder.rows if "q" in row]
-    for panel, (name, label) in zip(bottom.subplots(1, 4), panels.items(), strict=True):
-        panel.plot([row["step"] for row in logged], [row[name] for row in logged], color="#0072B2", linewidth=1)
-        panel.set_title(label, fontsize="small")
-        panel.tick_params(labelsize="x-small")
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-        panel.xaxis.set_major_locator(MaxNLocator(3))
-        panel.grid(alpha=0.3)
+
+
+def save_figure(figure: Any, path: Path) -> None:
     content = io.BytesIO()
-    figure.savefig(content, format=config.plot.suffix[1:], dpi=110)
-    write_whole(config.plot, content.getbuffer())
+    figure.savefig(content, format=path.suffix[1:], dpi=110)
+    write_whole(path, content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------------ training
 
 
 def check_machine(config: Config) -> None:
-    """Raise InputError for what this machine does not have: the device, or a place to write to."""
-    find_device(config.device)
+    """Raise InputError for what this machine does not have: a place to write to, or an optional package."""
     if config.plot.suffix not in (".png", ".pdf", ".svg") or not os.access(config.plot.parent, os.W_OK | os.X_OK):
         raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg in a folder that can be written")
-    there = config.out_dir.absolute()
-    while not there.exists():
-        there = there.parent
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise InputError(f"out_dir is {config.out_dir}, but {there} is no folder that can be written; choose another")
-    if config.wandb_project and not importlib.util.find_spec("wandb"):
-        raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
+    for name, folder in {"out_dir": config.out_dir, "study": config.study or config.out_dir}.items():
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise InputError(f"{name} is {folder}, but {there} is no folder that can be written; choose another")
+    for name, package in {"wandb_project": "wandb", "ray_address": "ray"}.items():
+        if getattr(config, name) and not importlib.util.find_spec(package):
+            raise InputError(f"{name} is set, but {package} is not installed; pip install {package}")
 
 
 def find_device(name: str) -> torch.device:
@@ -1034,13 +1068,16 @@ def find_device(name: str) -> torch.device:
 
 def check_resumes(config: Config, checkpoint: dict[str, Any]) -> None:
     """Raise InputError unless ``config`` goes on from ``checkpoint`` as if it had never stopped."""
-    saved, free = settings_from_json(checkpoint["config"]), (*PATHS, "max_steps", "film", "wandb_project")
+    free = (*PATHS, "max_steps", "threads", "film", "wandb_project", "seeds", "datasets", "ray_address", "gpu_share")
+    saved = settings_from_json(checkpoint["config"])
     now = dataclasses.asdict(config)
     changes = (f"{name} {now[name]} (was {old})" for name, old in dataclasses.asdict(saved).items() if now[name] != old)
     if changed := [change for change in changes if not change.startswith(free)]:
         raise InputError(f"{config.resume} was trained with other settings; resume without {', '.join(changed)}")
     if config.max_steps < checkpoint["step"]:
-        raise InputError(f"max_steps is {config.max_steps}, but the run is at step {checkpoint['step']}; raise it")
+        raise InputError(
+            f"max_steps is {config.max_steps}, but {config.resume} is at step {checkpoint['step']}; raise it"
+        )
 
 
 class Stopped(Exception):
@@ -1140,18 +1177,20 @@ def restore(checkpoint: dict[str, Any], agent: CIQL, meter: Meter) -> None:
         torch.cuda.set_rng_state_all(checkpoint["cuda_random_states"])
 
 
-def train(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Train CIQL; prints the log, writes the picture and the run folder.
+def train(config: Config, run: Path | None = None, path: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Train CIQL on the file ``path`` of the data set; prints the log, writes the picture and the run folder ``run``.
 
-    Returns the evaluation steps (E,) and the returns (E, eval_episodes). Raises InputError for a bad setting, file or
-    network, Diverged for losses that are not finite, Stopped after SIGINT or SIGTERM.
+    Either is found or made where not given. Returns the evaluation steps (E,) and returns (E, eval_episodes). Raises
+    InputError for a bad setting, file or network, Diverged for losses not finite, Stopped after SIGINT or SIGTERM.
     """
     start = time.perf_counter()
     check_machine(config)
+    find_device(config.device)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     checkpoint = load_checkpoint(config.resume) if config.resume else None
     if checkpoint:
         check_resumes(config, checkpoint)
-    path = find_dataset(config.dataset)
+    path = path or find_dataset(config.dataset)
     with EvaluationPool(config.environment, config.eval_episodes) as pool, StopSignals() as stop:
         if config.robot:
             data, source = load_data(config, path, config.robot.dims, 1000)
@@ -1166,8 +1205,8 @@ def train(config: Config) -> tuple[np.ndarray, np.ndarray]:
                 raise InputError(f"{path} is not the data that {config.resume} was trained on; put that back")
             folder, first = RunFolder(config.resume, config, checkpoint["rows"]), checkpoint["step"] + 1
         else:
-            folder, first = RunFolder.create(config), 1
-        say(f"run    {folder.path}, {agent.describe()}{', compiling the step' if config.compile else ''}")
+            folder, first = RunFolder(run, config) if run else RunFolder.create(config), 1
+        say(f"run    {folder.path}{f' from step {first - 1:,}' if checkpoint else ''}, {agent.describe()}")
         step_function = agent.compiled_step(data) if config.compile else agent.step
         meter = Meter(agent.device)
         if checkpoint:
@@ -1197,12 +1236,12 @@ def train(config: Config) -> tuple[np.ndarray, np.ndarray]:
             pool.film(agent.policy, episode_seeds(config.seed, config.max_steps, 1)[0], folder.path / "policy.gif")
     folder.close()
     summarize(config, folder, time.perf_counter() - start)
-    return folder.evaluations()
+    return evaluations(folder.rows)
 
 
 def summarize(config: Config, folder: RunFolder, seconds: float) -> None:
     """Print what came out of the run and what to do with it."""
-    steps, returns = folder.evaluations()
+    steps, returns = evaluations(folder.rows)
     means = returns.mean(1)
     last, best, robot = means[-10:], int(means.argmax()), config.robot
 
@@ -1226,6 +1265,512 @@ def evaluate(config: Config) -> None:
         play_and_report(config, policy, pool, step)
         if config.film:
             pool.film(policy, episode_seeds(config.seed, step, 1)[0], config.evaluate / "policy.gif")
+
+
+# --------------------------------------------------------------------------------------------------- study
+
+
+class Run(NamedTuple):
+    """One run of a study."""
+
+    config: Config
+    folder: Path  # absolute, as is the next
+    data: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def step(self) -> int:
+        """The step that metrics.csv has come to."""
+        if not (self.folder / "metrics.csv").exists():
+            return 0
+        lines = (self.folder / "metrics.csv").read_text().splitlines()
+        return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
+
+    def saved_step(self) -> int:
+        """The step that a retry goes on from."""
+        return load_checkpoint(self.folder)["step"] if self.checkpoint.exists() else 0
+
+
+def single_runs(config: Config) -> list[Config]:
+    """The settings of each run: the product of the data sets and the seeds."""
+    pairs = itertools.product(config.datasets or [config.dataset], config.seeds or [config.seed])
+    one = dataclasses.replace(config, datasets=(), seeds=(), study=None)
+    return [dataclasses.replace(one, dataset=dataset, seed=seed) for dataset, seed in pairs]
+
+
+class Study:
+    """The runs of a study, each in a folder of its own, and what became of them.
+
+    Raises InputError for data that cannot be used and for a folder that holds runs with other settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = (config.study or config.out_dir / time.strftime("study-%Y%m%d-%H%M%S")).absolute()
+        self.runs: list[Run] = []
+        self.curves: dict[Run, tuple[np.ndarray, np.ndarray]] = {}  # of complete runs: steps (E,), mean returns (E,)
+        self.errors: dict[Run, str] = {}  # of failed runs
+        files: dict[str, Path] = {}
+        for single in single_runs(config):
+            if single.dataset not in files:
+                files[single.dataset] = find_dataset(single.dataset).absolute()
+                read_columns(files[single.dataset], single.robot.dims if single.robot else None)
+            folder = self.folder / f"{Path(single.dataset).stem}-seed{single.seed}"
+            run = Run(dataclasses.replace(single, out_dir=self.folder), folder, files[single.dataset])
+            self.runs.append(run)
+            if run.checkpoint.exists():
+                check_resumes(dataclasses.replace(run.config, resume=folder), load_checkpoint(folder))
+                self.look(run)
+        self.start, self.before = time.perf_counter(), {run: run.step() for run in self.runs}
+
+    def look(self, run: Run) -> bool:
+        """Is ``run`` complete? Then keep its curve."""
+        checkpoint = load_checkpoint(run.folder)
+        if checkpoint["step"] == run.config.max_steps:
+            steps, returns = evaluations(checkpoint["rows"])
+            self.curves[run] = steps, returns.mean(1)
+        return run in self.curves
+
+    @property
+    def open_runs(self) -> list[Run]:
+        return [run for run in self.runs if run not in self.curves and run not in self.errors]
+
+    def final(self, run: Run) -> tuple[float, float]:
+        """Mean return of the last ten evaluations of a complete run, and its score, NaN without references."""
+        value = float(self.curves[run][1][-10:].mean())
+        return value, run.config.robot.score(value) if run.config.robot else math.nan
+
+    def groups(self) -> dict[str, list[Run]]:
+        """The complete runs of each data set that has any."""
+        complete = (run for run in self.runs if run in self.curves)
+        return {dataset: list(runs) for dataset, runs in itertools.groupby(complete, lambda run: run.config.dataset)}
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """The final scores (seeds,) of the complete runs of each data set that has references."""
+        groups = self.groups().items()
+        return {name: np.array([self.final(run)[1] for run in runs]) for name, runs in groups if runs[0].config.robot}
+
+    def line(self, running: int) -> str:
+        """How far the study is; the time left from the speed of this session."""
+        alive = [run for run in self.runs if run not in self.errors]
+        now = {run: run.config.max_steps if run in self.curves else run.step() for run in alive}
+        made, missing = (sum(now[r] - self.before[r] for r in alive), sum(r.config.max_steps - now[r] for r in alive))
+        left = tqdm.format_interval((time.perf_counter() - self.start) * missing / made) if made > 0 else "?"
+        return f"study  {len(self.curves)} done, {running} running, {len(self.errors)} failed, {left} left"
+
+    def end(self, run: Run, error: str | None) -> None:
+        """Take in that ``run`` ended, well or with an error, and refresh summary and pictures."""
+        if error is None and self.look(run):
+            value, score = self.final(run)
+            scored = "" if math.isnan(score) else f", score {score:.1f}"
+            say(f"done   {run.folder.name}: final return {value:.1f}{scored}")
+        else:
+            self.errors[run] = error or "it ended before its last step"
+            say(f"FAILED {run.folder.name}: {self.errors[run]}")
+        self.write()
+
+    def write(self) -> None:
+        """Write summary.csv, and the pictures once a run is complete."""
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["dataset", "seed", "state", "step", "final_return", "score", "folder", "error"])
+        for run in self.runs:
+            state = "complete" if run in self.curves else "failed" if run in self.errors else "incomplete"
+            figures = self.final(run) if run in self.curves else ("", "")
+            step, error = run.step(), self.errors.get(run, "")
+            writer.writerow([run.config.dataset, run.config.seed, state, step, *figures, run.folder.name, error])
+        write_whole(self.folder / "summary.csv", table.getvalue().encode())
+        if self.curves:
+            draw_curves(self)
+            draw_scores(self)
+
+    def summarize(self) -> None:
+        """Print the statistics of each data set and of all, and what failed."""
+
+        def cells(strata: Sequence[np.ndarray]) -> str:
+            texts = []
+            for value, low, high in (with_interval(strata, statistic) for statistic in (np.mean, iqm)):
+                texts.append(f"{value:.1f}" if math.isnan(low) else f"{value:.1f} [{low:.1f}, {high:.1f}]")
+            return "".join(f"{text:>25}" for text in texts)
+
+        groups, scores = self.groups(), self.scores()
+        width = max(len(name) for name in (*groups, "all data sets")) + 2
+        headings = ("return: mean", "interquartile mean", "score: mean", "interquartile mean")
+        say(f"{'':{width}}runs{''.join(f'{heading:>25}' for heading in headings)}")
+        for name, runs in groups.items():
+            returns = np.array([self.final(run)[0] for run in runs])
+            say(f"{name:{width}}{len(runs):4}{cells([returns])}{cells([scores[name]]) if name in scores else ''}")
+        if len(scores) > 1:
+            say(f"{'all data sets':{width}}{sum(map(len, scores.values())):4}{'':50}{cells(list(scores.values()))}")
+        say("       of the mean of a run's last ten evaluations; [95 % stratified-bootstrap interval over seeds]")
+        for run, error in self.errors.items():
+            say(f"FAILED {run.folder.name}: {error}")
+
+
+def iqm(values: np.ndarray, axis: int = -1) -> Any:
+    """Interquartile mean along ``axis``: without the lowest and the highest quarter."""
+    from scipy.stats import trim_mean
+
+    return trim_mean(values, 0.25, axis=axis)
+
+
+def with_interval(strata: Sequence[np.ndarray], statistic: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """``statistic`` of all ``strata`` together, and its 95 % stratified-bootstrap interval: value, low, high.
+
+    A stratum holds the figures of one data set, (seeds,) or (seeds, E); seeds are resampled within each. NaN for the
+    interval of a single seed. Agarwal et al., Deep RL at the Edge of the Statistical Precipice, 2021 (arXiv 2108.13264).
+    """
+    from scipy.stats import bootstrap
+
+    def pooled(*samples: np.ndarray, axis: int) -> Any:
+        return statistic(np.concatenate(samples, axis), axis=axis)
+
+    value = pooled(*strata, axis=0)
+    if min(map(len, strata)) < 2:
+        return value, value * math.nan, value * math.nan
+    result = bootstrap(strata, pooled, axis=0, vectorized=True, method="percentile", n_resamples=2000, rng=0)
+    return value, *result.confidence_interval
+
+
+def draw_curves(study: Study) -> None:
+    """Write the picture of evaluation returns: mean over seeds with its interval, and every seed, a panel a data set."""
+    from matplotlib.figure import Figure
+
+    groups = study.groups()
+    columns = min(len(groups), 3)
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(max(9, 6 * columns), 4.5 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, runs in zip(panels, groups.values(), strict=False):
+        steps = functools.reduce(np.intersect1d, [study.curves[run][0] for run in runs])
+        returns = np.array([study.curves[run][1][np.isin(study.curves[run][0], steps)] for run in runs])
+        mean, low, high = with_interval([returns], np.mean)
+        axes.plot(steps, returns.T, color="#0072B2", linewidth=0.7, alpha=0.4)
+        axes.plot(steps, mean, color="#0072B2", marker="o", markersize=3, label=f"CIQL, seeds: {len(runs)}, mean")
+        axes.fill_between(steps, low, high, color="#0072B2", alpha=0.25, linewidth=0, label="95 % interval")
+        source = DataSource(runs[0].data, episode_returns(runs[0].data))
+        draw_references(axes, runs[0].config, source)
+        axes.set_title(source.title(runs[0].config), fontsize="medium")
+    for axes in panels[len(groups) :]:
+        axes.remove()
+    figure.suptitle(f"CIQL, {algorithm_changes(study.config)}", fontsize="medium")
+    save_figure(figure, study.config.plot)
+
+
+def draw_scores(study: Study) -> None:
+    """Write study_scores beside the other picture: the final scores with their intervals, data sets side by side."""
+    from matplotlib.figure import Figure
+
+    scores = study.scores()
+    if not scores:
+        return
+    columns = {Path(name).stem.replace("-bullet-", "\n").removesuffix("-v0"): [s] for name, s in scores.items()}
+    if len(scores) > 1:
+        columns["all"] = list(scores.values())
+    figure = Figure(figsize=(max(5, 1.3 * len(columns) + 2), 4.5), layout="constrained")
+    axes = figure.subplots()
+    for x, strata in enumerate(columns.values()):
+        if len(strata) == 1:
+            axes.plot([x] * len(strata[0]), strata[0], ".", color="#999999", label="a seed" if x == 0 else None)
+        for shift, statistic, colour, name in ((-0.15, np.mean, "#0072B2", "mean"), (0.15, iqm, "#D55E00", "IQM")):
+            value, low, high = with_interval(strata, statistic)
+            axes.plot([x + shift], [value], "o", color=colour, label=f"{name}, 95 % interval" if x == 0 else None)
+            axes.vlines([x + shift], low, high, color=colour, linewidth=2)
+    axes.set_xticks(range(len(columns)), list(columns), fontsize="small")
+    axes.set_xlim(-0.6, len(columns) - 0.4)
+    axes.set(
+        ylabel="normalised score (0 random, 100 expert)", title=f"CIQL, {algorithm_changes(study.config)}: final scores"
+    )
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize="small")
+    save_figure(figure, study.config.plot.with_stem("study_scores"))
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[str]:
+    """Hold the folder of a study against a second process.
+
+    Yields what its lock file says, by which a node finds out whether it sees the same disk.
+    """
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder} is being worked on by another process; wait for it or stop it") from error
+        except OSError as error:
+            raise InputError(
+                f"study is {folder}, which cannot be written ({error.strerror}); choose another"
+            ) from error
+        token = uuid.uuid4().hex
+        file.truncate(0)
+        file.write(token)
+        file.flush()
+        yield token
+
+
+def train_study(config: Config) -> int:
+    """Train every data set with every seed, summarise, and return the exit code: 1 if a run failed.
+
+    Raises InputError before anything starts, Stopped after SIGINT or SIGTERM.
+    """
+    check_machine(config)
+    on_ray = len(single_runs(config)) > 1 and importlib.util.find_spec("ray") is not None
+    if on_ray and not config.threads:
+        config = dataclasses.replace(config, threads=1)
+    study = Study(config)
+    on_ray = on_ray and bool(study.open_runs)
+    if on_ray:
+        start_ray(config)
+    with owned(study.folder) as token:
+        say(f"study  {study.folder}: {len(study.runs)} runs, {len(study.curves)} of them complete")
+        if len(study.open_runs) > 1 and not on_ray:
+            say("NOTE   ray is not installed, so the runs go one after the other (pip install ray: side by side)")
+        for run in study.open_runs:
+            run.folder.mkdir(exist_ok=True)
+            write_whole(run.folder / "config.json", settings_to_json(run.config).encode())
+        try:
+            for run, error in run_on_ray(study, token) if on_ray else run_here(study):
+                study.end(run, error)
+        except Stopped:
+            say(f"stopped; go on with the same command and --study {study.folder}")
+            raise
+        study.write()
+    study.summarize()
+    say(f"wrote  {study.folder / 'summary.csv'}, {config.plot}, {config.plot.with_stem('study_scores')}")
+    return 1 if study.errors else 0
+
+
+def train_in(folder: Path, data: Path) -> int:
+    """Train a run of a study in its folder, which holds its settings, from the checkpoint on if there is one."""
+    config = settings_from_json((folder / "config.json").read_text())
+    resume = folder if (folder / "checkpoint.pt").exists() else None
+    plot = folder / f"eval_returns{config.plot.suffix}"
+    train(dataclasses.replace(config, out_dir=folder.parent, plot=plot, resume=resume), folder, data)
+    return 0
+
+
+def run_here(study: Study) -> Iterator[tuple[Run, str | None]]:
+    """Train the open runs one after the other in this process; yields each with its error."""
+    for run in study.open_runs:
+        say(study.line(1))
+        error = None
+        try:
+            train_in(run.folder, run.data)
+        except (InputError, Diverged) as failure:
+            error = str(failure)
+        except Stopped:
+            raise
+        except Exception as failure:  # noqa: BLE001  (a bug in one run is shown, and must not cost the others)
+            traceback.print_exc()
+            error = f"{type(failure).__name__}: {failure}"
+        yield run, error
+
+
+# ----------------------------------------------------------------------------------------------- Ray
+
+DEATHS = 3  # of a run's worker or node, without a new checkpoint between, that fail the run
+
+
+class Desk:
+    """A Ray actor beside the driver: knows the runs that have begun, and keeps files for nodes without its disk."""
+
+    def __init__(self, study: Path) -> None:
+        self.study = study
+        self.running: set[str] = set()
+
+    def begin(self, run: str) -> None:
+        self.running.add(run)
+
+    def end(self, run: str) -> None:
+        self.running.discard(run)
+
+    def count(self) -> int:
+        return len(self.running)
+
+    def read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def files(self, run: str) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (self.study / run).iterdir() if file.is_file()}
+
+    def receive(self, run: str, files: dict[str, bytes]) -> None:
+        for name, content in files.items():
+            write_whole(self.study / run / name, content)
+
+
+def run_on_node(study: Path, token: str, run: str, data: Path, size: int, script: str, desk: Any) -> None:
+    """A Ray task: one run in a process of its own, which is the same as the run alone.
+
+    It works in the study's folder, or where this node does not see that in a scratch folder, whose files are sent to
+    ``desk`` as they change. Raises ChildProcessError if the process was killed, RuntimeError with its error if it failed.
+    """
+    import ray
+
+    lock = study / ".lock"
+    shared = lock.exists() and lock.read_text() == token
+    ray.get(desk.begin.remote(run))
+    with tempfile.TemporaryDirectory(prefix="ciql-") as scratch:
+        folder = (study if shared else Path(scratch) / study.name) / run
+        sent: dict[str, int] = {}  # when each file was written
+
+        def send() -> None:
+            if shared:
+                return
+            times = {file.name: file.stat().st_mtime_ns for file in folder.glob("[!.]*") if file.is_file()}
+            files = {name: (folder / name).read_bytes() for name, written in times.items() if written != sent.get(name)}
+            sent.update(times)
+            if files:
+                ray.get(desk.receive.remote(run, files))
+
+        if not shared:
+            folder.mkdir(parents=True)
+            for name, content in ray.get(desk.files.remote(run)).items():
+                (folder / name).write_bytes(content)
+        if not (data.exists() and data.stat().st_size == size):
+            content = ray.get(desk.read.remote(data))
+            data = Path(scratch) / data.name
+            data.write_bytes(content)
+        (Path(scratch) / "ciql_pybullet.py").write_text(script)
+        with open(folder / "log.txt", "ab") as log:
+            log.write(f"node   {platform.node()}, {ray.get_runtime_context().get_node_id()}\n".encode())
+            log.flush()
+            code = "import ciql_pybullet, sys; ciql_pybullet.work(*sys.argv[1:])"
+            command = [sys.executable, "-c", code, str(folder), str(data)]
+            child = subprocess.Popen(command, cwd=scratch, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        try:
+            while child.poll() is None:
+                time.sleep(0.5)
+                send()
+        except KeyboardInterrupt:  # the study was stopped
+            child.terminate()
+            child.wait()
+            raise
+        finally:
+            child.kill()  # if sending failed
+            child.wait()
+            send()
+        if child.returncode < 0 or child.returncode > 128:
+            raise ChildProcessError(f"its process was killed, exit code {child.returncode}")
+        if child.returncode:
+            last = (folder / "log.txt").read_text().rstrip().splitlines()[-1]
+            raise RuntimeError(last.removeprefix("ciql_pybullet: "))
+
+
+def work(folder: str, data: str) -> None:
+    """The process of a run of a study. It ends with its parent: stdin is closed then."""
+
+    def follow_parent() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    as_program(lambda: train_in(Path(folder), Path(data)))
+
+
+def start_ray(config: Config) -> None:
+    """Connect to the cluster at ``ray_address``, or start one of this machine. Raises InputError if that fails."""
+    import ray
+
+    address = config.ray_address or "local"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not config.ray_address:
+        options["include_dashboard"] = False
+    try:
+        if ":" in address:  # Ray would try for minutes
+            host, port = address.rsplit(":", 1)
+            socket.create_connection((host, int(port)), NETWORK_TIMEOUT).close()
+        ray.init(address, **options)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        cause = " ".join(str(error).split())[:150]
+        remedy = "start one with: ray start --head" if config.ray_address else "pip install -U ray"
+        raise InputError(f"Ray does not answer at {address} ({cause}); {remedy}") from error
+    cores = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    if config.threads > cores:
+        raise InputError(f"threads is {config.threads}, but no node has more than {cores:.0f} CPUs; take that or fewer")
+
+
+def task_error(task: Any) -> Exception | None:
+    """Why an ended task failed: RuntimeError if the run itself did, another if its process, worker or node died."""
+    import ray
+
+    try:
+        ray.get(task)
+        return None
+    except ray.exceptions.RayTaskError as error:  # raised by the task
+        return error.cause or error
+    except ray.exceptions.RayError as error:
+        return error
+
+
+def run_on_ray(study: Study, token: str) -> Iterator[tuple[Run, str | None]]:
+    """Train the open runs as tasks of Ray, each on cores of its own; yields each as it ends, with its error.
+
+    A run whose process, worker or node died goes on from its last checkpoint, on whichever node is free.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node need not have this file
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote(study.folder)
+    has_gpu = study.config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    task = ray.remote(run_on_node).options(
+        num_cpus=study.config.threads,
+        num_gpus=study.config.gpu_share if has_gpu else 0,
+        max_retries=0,  # we do that
+        scheduling_strategy="SPREAD",
+    )
+    script = Path(__file__).read_text()
+
+    def submit(run: Run) -> Any:
+        size = run.data.stat().st_size
+        return task.remote(study.folder, token, run.folder.name, run.data, size, script, desk)
+
+    pending = {submit(run): run for run in study.open_runs}
+    deaths: collections.Counter[tuple[Run, int]] = collections.Counter()
+    stopped, said = False, ""
+    try:
+        with tqdm(bar_format="{desc}", disable=None, leave=False) as bar, StopSignals() as stop:
+            while pending:
+                for ended in ray.wait(list(pending), timeout=1)[0]:
+                    run, error = pending.pop(ended), task_error(ended)
+                    ray.get(desk.end.remote(run.folder.name))
+                    if error is None or isinstance(error, RuntimeError):
+                        yield run, str(error) if error else None
+                    elif not stopped:
+                        step = run.saved_step()
+                        deaths[run, step] += 1
+                        reason = f"{type(error).__name__}, {' '.join(str(error).split())[:150]}"
+                        if deaths[run, step] == DEATHS:
+                            yield run, f"died {DEATHS} times at step {step:,}, {reason}"
+                        else:
+                            say(f"retry  {run.folder.name} from step {step:,}: {reason}")
+                            pending[submit(run)] = run
+                if stop.number and not stopped:
+                    stopped = True
+                    for waiting in pending:
+                        ray.cancel(waiting)
+                line = study.line(ray.get(desk.count.remote()))
+                bar.set_description_str(line)
+                counts = line.rsplit(",", 1)[0]
+                if bar.disable and counts != said:
+                    said = counts
+                    say(line)
+    finally:
+        ray.shutdown()
+    if stop.number:
+        raise Stopped(stop.number)
+
+
+# ---------------------------------------------------------------------------------------------- command line
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -1252,10 +1797,10 @@ def parse(arguments: Sequence[str]) -> Config:
     return config
 
 
-def main() -> None:
+def as_program(job: Callable[[], int]) -> None:
+    """End the process with the exit code of ``job``, or with one line on stderr for what users can put right."""
     try:
-        config = parse(sys.argv[1:])
-        (evaluate if config.evaluate else train)(config)
+        sys.exit(job())
     except (InputError, Diverged) as error:
         print(f"ciql_pybullet: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -1263,6 +1808,21 @@ def main() -> None:
         sys.exit(128 + stopped.args[0])
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main() -> None:
+    def job() -> int:
+        config = parse(sys.argv[1:])
+        runs = single_runs(config)
+        if config.evaluate:
+            evaluate(config)
+        elif config.study or len(runs) > 1:
+            return train_study(config)
+        else:
+            train(runs[0])
+        return 0
+
+    as_program(job)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,16 @@ def fails(monkeypatch, capsys, folder, arguments):
         (["--resume", "nothing"], "nothing/checkpoint.pt"),
         (["--evaluate", "nothing"], "nothing/checkpoint.pt"),
         (["--wandb-project", "p"], "pip install wandb"),
+        (["--ray-address", "auto"], "pip install ray"),
+        (["--threads", "-1"], "threads is -1"),
+        (["--gpu-share", "0"], "gpu_share is 0.0, but must be in (0, 1]"),
+        (["--seeds", "0", "1", "0"], "seeds is (0, 1, 0), but must be all different"),
+        (["--seeds", "0", "-1"], "seed is -1"),
+        (["--datasets", "a/my.hdf5", "b/my.hdf5"], "datasets is ('a/my.hdf5', 'b/my.hdf5'), but must"),
+        (["--datasets", SAMPLE_ID, "mine.hdf5"], "env_id is not set"),
+        (["--datasets", SAMPLE_ID, "hopper-bullet"], "hopper-bullet-mixed-v0"),
+        (["--study", "a_file/s"], "study is a_file/s"),
+        (["--study", "s", "--resume", "nothing"], "study is s, but must be left out with resume and evaluate"),
         (["--no-such-setting", "1"], "--no-such-setting"),
     ],
 )  # fmt: skip
@@ -91,7 +101,7 @@ def test_bad_setting(monkeypatch, capsys, tmp_path, arguments, named):
     monkeypatch.setattr(
         ciql_pybullet.importlib.util,
         "find_spec",
-        lambda name, *rest: None if name == "wandb" else find_spec(name, *rest),
+        lambda name, *rest: None if name in ("wandb", "ray") else find_spec(name, *rest),
     )
     assert named in fails(monkeypatch, capsys, tmp_path, arguments)
 

@@ -55,6 +55,8 @@ def in_small(command):
     if "-m pytest" in command or "benchmark" in command or "--help" in command:
         return command.replace("python ", f"{sys.executable} {'' if '-m' in command else f'{ROOT}/'}", 1) + " --help"
     command = re.sub(r" --max-steps \d+", "", command.replace("python ", f"{sys.executable} {ROOT}/", 1))
+    command = re.sub(r"--seeds [\d ]+", "--seeds 0 1 ", command)
+    command = re.sub(r"--datasets (\S+-v0 )+", "--datasets hopper-bullet-mixed-v0 ", command)
     if "--evaluate" in command:
         return command
     return f"{command} --max-steps 6" if "--resume" in command else f"{command} {SMALL}"

@@ -188,7 +188,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(start, tmp_path, monkey
 
     for arguments, cause in (
         (["--tau", "0.9"], "tau 0.9 (was 0.8)"),
-        (["--max-steps", "100"], "max_steps is 100, but the run is at step 800"),
+        (["--max-steps", "100"], "is at step 800; raise it"),
         (["--max-steps", "900"], "data.hdf5 is not the data that"),
     ):
         if "not the data" in cause:
