@@ -1294,10 +1294,13 @@ class Run(NamedTuple):
 
 
 def single_runs(config: Config) -> list[Config]:
-    """The settings of each run: the product of the data sets and the seeds."""
-    pairs = itertools.product(config.datasets or [config.dataset], config.seeds or [config.seed])
-    one = dataclasses.replace(config, datasets=(), seeds=(), study=None)
-    return [dataclasses.replace(one, dataset=dataset, seed=seed) for dataset, seed in pairs]
+    """The settings of each run: the product of the data sets and the seeds. Among ids, env_id is for the files."""
+    runs = []
+    for dataset, seed in itertools.product(config.datasets or [config.dataset], config.seeds or [config.seed]):
+        env_id = None if len(config.datasets) > 1 and dataset in DOWNLOAD_URLS else config.env_id
+        changes: dict[str, Any] = {"dataset": dataset, "seed": seed, "env_id": env_id}
+        runs.append(dataclasses.replace(config, datasets=(), seeds=(), study=None, **changes))
+    return runs
 
 
 class Study:
@@ -1322,10 +1325,10 @@ class Study:
             self.runs.append(run)
             if run.checkpoint.exists():
                 check_resumes(dataclasses.replace(run.config, resume=folder), load_checkpoint(folder))
-                self.look(run)
+                self.is_complete(run)
         self.start, self.before = time.perf_counter(), {run: run.step() for run in self.runs}
 
-    def look(self, run: Run) -> bool:
+    def is_complete(self, run: Run) -> bool:
         """Is ``run`` complete? Then keep its curve."""
         checkpoint = load_checkpoint(run.folder)
         if checkpoint["step"] == run.config.max_steps:
@@ -1362,7 +1365,7 @@ class Study:
 
     def end(self, run: Run, error: str | None) -> None:
         """Take in that ``run`` ended, well or with an error, and refresh summary and pictures."""
-        if error is None and self.look(run):
+        if error is None and self.is_complete(run):
             value, score = self.final(run)
             scored = "" if math.isnan(score) else f", score {score:.1f}"
             say(f"done   {run.folder.name}: final return {value:.1f}{scored}")
@@ -1466,7 +1469,10 @@ def draw_scores(study: Study) -> None:
     scores = study.scores()
     if not scores:
         return
-    columns = {Path(name).stem.replace("-bullet-", "\n").removesuffix("-v0"): [s] for name, s in scores.items()}
+    columns: dict[str, list[np.ndarray]] = {}
+    for name, values in scores.items():
+        sample = "\n(sample)" if study.groups()[name][0].data.name == SAMPLE.name else ""
+        columns[Path(name).stem.replace("-bullet-", "\n").removesuffix("-v0") + sample] = [values]
     if len(scores) > 1:
         columns["all"] = list(scores.values())
     figure = Figure(figsize=(max(5, 1.3 * len(columns) + 2), 4.5), layout="constrained")
@@ -1578,7 +1584,7 @@ DEATHS = 3  # of a run's worker or node, without a new checkpoint between, that 
 
 
 class Desk:
-    """A Ray actor beside the driver: knows the runs that have begun, and keeps files for nodes without its disk."""
+    """A Ray actor beside the driver: knows the runs that have begun, and takes in files of nodes without its disk."""
 
     def __init__(self, study: Path) -> None:
         self.study = study
@@ -1593,47 +1599,47 @@ class Desk:
     def count(self) -> int:
         return len(self.running)
 
-    def read(self, path: Path) -> bytes:
-        return path.read_bytes()
-
-    def files(self, run: str) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in (self.study / run).iterdir() if file.is_file()}
-
     def receive(self, run: str, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             write_whole(self.study / run / name, content)
 
 
-def run_on_node(study: Path, token: str, run: str, data: Path, size: int, script: str, desk: Any) -> None:
+def run_files(folder: Path, since: dict[str, int]) -> dict[str, bytes]:
+    """The files of a run folder that changed since they were noted in ``since``, by name."""
+    times = {file.name: file.stat().st_mtime_ns for file in folder.glob("[!.]*") if file.is_file()}
+    changed = [name for name, written in times.items() if written != since.get(name)]
+    since.update(times)
+    return {name: (folder / name).read_bytes() for name in changed}
+
+
+def run_on_node(
+    study: Path, token: str, run: str, files: dict[str, bytes], data: Path, content: Any, script: str, desk: Any
+) -> None:
     """A Ray task: one run in a process of its own, which is the same as the run alone.
 
-    It works in the study's folder, or where this node does not see that in a scratch folder, whose files are sent to
-    ``desk`` as they change. Raises ChildProcessError if the process was killed, RuntimeError with its error if it failed.
+    It works in the study's folder, or where this node does not see that in a scratch folder, which starts with
+    ``files`` and is sent to ``desk`` as it changes. ``content`` is that of the data set's file, unless all nodes have it.
+    Raises ChildProcessError if the process was killed, RuntimeError with its error if it failed.
     """
     import ray
 
+    desk.begin.remote(run)  # not waited for: Ray gives our cores away while we wait
     lock = study / ".lock"
     shared = lock.exists() and lock.read_text() == token
-    ray.get(desk.begin.remote(run))
     with tempfile.TemporaryDirectory(prefix="ciql-") as scratch:
         folder = (study if shared else Path(scratch) / study.name) / run
-        sent: dict[str, int] = {}  # when each file was written
+        since: dict[str, int] = {}
+        sent: list[Any] = []
 
         def send() -> None:
-            if shared:
-                return
-            times = {file.name: file.stat().st_mtime_ns for file in folder.glob("[!.]*") if file.is_file()}
-            files = {name: (folder / name).read_bytes() for name, written in times.items() if written != sent.get(name)}
-            sent.update(times)
-            if files:
-                ray.get(desk.receive.remote(run, files))
+            if not shared and (changed := run_files(folder, since)):
+                sent.append(desk.receive.remote(run, changed))
 
         if not shared:
             folder.mkdir(parents=True)
-            for name, content in ray.get(desk.files.remote(run)).items():
-                (folder / name).write_bytes(content)
-        if not (data.exists() and data.stat().st_size == size):
-            content = ray.get(desk.read.remote(data))
+            for name, file in files.items():
+                (folder / name).write_bytes(file)
+        if content is not None and not (data.exists() and data.stat().st_size == len(content)):
             data = Path(scratch) / data.name
             data.write_bytes(content)
         (Path(scratch) / "ciql_pybullet.py").write_text(script)
@@ -1655,11 +1661,12 @@ def run_on_node(study: Path, token: str, run: str, data: Path, size: int, script
             child.kill()  # if sending failed
             child.wait()
             send()
+            ray.get(sent)
         if child.returncode < 0 or child.returncode > 128:
             raise ChildProcessError(f"its process was killed, exit code {child.returncode}")
         if child.returncode:
             last = (folder / "log.txt").read_text().rstrip().splitlines()[-1]
-            raise RuntimeError(last.removeprefix("ciql_pybullet: "))
+            raise RuntimeError(f"{last.removeprefix('ciql_pybullet: ')} ({run}/log.txt)")
 
 
 def work(folder: str, data: str) -> None:
@@ -1677,9 +1684,9 @@ def start_ray(config: Config) -> None:
     """Connect to the cluster at ``ray_address``, or start one of this machine. Raises InputError if that fails."""
     import ray
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no word to its makers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns
     address = config.ray_address or "local"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not config.ray_address:
         options["include_dashboard"] = False
@@ -1690,7 +1697,11 @@ def start_ray(config: Config) -> None:
         ray.init(address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         cause = " ".join(str(error).split())[:150]
-        remedy = "start one with: ray start --head" if config.ray_address else "pip install -U ray"
+        remedy = (
+            "start one with: ray start --head, or set its RAY_AUTH_TOKEN"
+            if config.ray_address
+            else "pip install -U ray"
+        )
         raise InputError(f"Ray does not answer at {address} ({cause}); {remedy}") from error
     cores = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     if config.threads > cores:
@@ -1729,10 +1740,12 @@ def run_on_ray(study: Study, token: str) -> Iterator[tuple[Run, str | None]]:
         scheduling_strategy="SPREAD",
     )
     script = Path(__file__).read_text()
+    paths = {run.data for run in study.open_runs if study.config.ray_address}
+    contents = {path: ray.put(np.fromfile(path, np.uint8)) for path in paths}
 
     def submit(run: Run) -> Any:
-        size = run.data.stat().st_size
-        return task.remote(study.folder, token, run.folder.name, run.data, size, script, desk)
+        files, content = run_files(run.folder, {}), contents.get(run.data)
+        return task.remote(study.folder, token, run.folder.name, files, run.data, content, script, desk)
 
     pending = {submit(run): run for run in study.open_runs}
     deaths: collections.Counter[tuple[Run, int]] = collections.Counter()
@@ -1740,7 +1753,7 @@ def run_on_ray(study: Study, token: str) -> Iterator[tuple[Run, str | None]]:
     try:
         with tqdm(bar_format="{desc}", disable=None, leave=False) as bar, StopSignals() as stop:
             while pending:
-                for ended in ray.wait(list(pending), timeout=1)[0]:
+                for ended in ray.wait(list(pending), num_returns=len(pending), timeout=1)[0]:
                     run, error = pending.pop(ended), task_error(ended)
                     ray.get(desk.end.remote(run.folder.name))
                     if error is None or isinstance(error, RuntimeError):

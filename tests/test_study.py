@@ -236,7 +236,6 @@ def test_a_cluster_loses_a_node_and_a_process(cluster, monkeypatch, capsys, tmp_
     for pid in processes("ciql_pybullet.work", str(tmp_path / "s")):
         os.kill(pid, signal.SIGKILL)
     out, err = driver.communicate()
-    print(before, hidden, out)
     assert (driver.returncode, err) == (0, "")
     assert len(before) == 2
     for run in before:
@@ -247,3 +246,4 @@ def test_a_cluster_loses_a_node_and_a_process(cluster, monkeypatch, capsys, tmp_
         assert run_here(monkeypatch, capsys, *single)[0] == 0
         (folder,) = (tmp_path / f"{dataset}{seed}").iterdir()
         assert metrics(folder) == metrics(tmp_path / "s" / f"{dataset}-seed{seed}")
+    print(f"killed: {before}; second node without our disk: {hidden}\n{out}")  # shown by pytest -rP
