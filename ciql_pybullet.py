@@ -117,8 +117,8 @@ class Config:
     resume: Path | None = None  # go on from the checkpoint in this run folder, with its settings
     evaluate: Path | None = None  # train nothing: play eval_episodes episodes of the policy in this run folder
     # Study: every data set with every seed, through Ray where it is installed
-    seeds: tuple[int, ...] = ()  # none: seed
-    datasets: tuple[str, ...] = ()  # none: dataset
+    seeds: tuple[int, ...] = ()  # several make a study; none: the one in seed
+    datasets: tuple[str, ...] = ()  # several make a study; none: the one in dataset
     study: Path | None = None  # folder of the study; the same command again skips what is complete and resumes the rest
     ray_address: str | None = None  # of a Ray cluster, auto or HOST:PORT; none: this machine
     gpu_share: float = 0.25  # of a GPU that a run takes in a study, where there is one

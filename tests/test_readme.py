@@ -33,7 +33,13 @@ def workplace(tmp_path_factory):
     (folder / "cache").mkdir()
     hopper_file(folder / "cache" / "hopper-bullet-mixed-v0.hdf5")
     hopper_file(folder / "my.hdf5")
-    environment = os.environ | {"D4RL_DATASET_DIR": str(folder / "cache"), "WANDB_MODE": "offline", "HOME": str(folder)}
+    own = {
+        "D4RL_DATASET_DIR": str(folder / "cache"),
+        "WANDB_MODE": "offline",
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment = os.environ | own  # a thread each, as two run at a time
 
     def run(command):
         return subprocess.run(

@@ -119,7 +119,7 @@ def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- resuming
 
-LONG = [*HOPPER, "--eval-episodes", "1", "--max-steps", "800", "--eval-interval", "100", "--log-interval", "35"]
+LONG = [*HOPPER, "--eval-episodes", "1", "--max-steps", "600", "--eval-interval", "100", "--log-interval", "35"]
 
 
 def parent_of(pid):
@@ -171,7 +171,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(start, tmp_path, monkey
         if number != signal.SIGKILL:
             assert "go on with --resume" in out
         folder = run_folder(tmp_path, 1)
-        assert 0 < load_checkpoint(folder)["step"] < 800
+        assert 0 < load_checkpoint(folder)["step"] < 600
         resume = ["--resume", str(folder)]
     process = start(*resume)
     out, err = process.communicate()
@@ -188,7 +188,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(start, tmp_path, monkey
 
     for arguments, cause in (
         (["--tau", "0.9"], "tau 0.9 (was 0.8)"),
-        (["--max-steps", "100"], "is at step 800; raise it"),
+        (["--max-steps", "100"], "is at step 600; raise it"),
         (["--max-steps", "900"], "data.hdf5 is not the data that"),
     ):
         if "not the data" in cause:

@@ -19,7 +19,7 @@ from conftest import SCRIPT, hopper_file
 from test_run import children_of, metrics, run_folder
 
 import ciql_pybullet
-from ciql_pybullet import iqm, with_interval
+from ciql_pybullet import Config, Run, Study, iqm, with_interval
 
 TINY = ["--device", "cpu", "--no-compile", "--hidden-sizes", "8", "--batch-size", "16", "--eval-episodes", "1"]
 HOPPER = ["--env-id", "HopperBulletEnv-v0", "--threads", "1", *TINY]
@@ -64,6 +64,14 @@ def test_intervals_of_a_curve_are_those_of_its_points():
 def test_one_seed_has_no_interval():
     value, low, high = with_interval([np.array([3.0])], np.mean)
     assert value == 3 and np.isnan(low) and np.isnan(high)
+
+
+def test_final_return_is_the_mean_of_the_last_ten_evaluations():
+    study, run = object.__new__(Study), Run(Config(), Path("run"), Path("data"))
+    returns = np.arange(12.0) ** 2
+    study.curves = {run: (np.arange(12), returns)}
+    value = sum(n * n for n in range(2, 12)) / 10
+    assert study.final(run) == pytest.approx((value, 100 * (value + 1304) / 4304))
 
 
 # ------------------------------------------------------------------------------------ without Ray, and again
