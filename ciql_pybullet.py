@@ -1471,7 +1471,7 @@ def draw_scores(study: Study) -> None:
         return
     columns: dict[str, list[np.ndarray]] = {}
     for name, values in scores.items():
-        sample = "\n(sample)" if study.groups()[name][0].data.name == SAMPLE.name else ""
+        sample = "\n(sample)" if study.groups()[name][0].data == SAMPLE else ""
         columns[Path(name).stem.replace("-bullet-", "\n").removesuffix("-v0") + sample] = [values]
     if len(scores) > 1:
         columns["all"] = list(scores.values())
@@ -1540,15 +1540,16 @@ def train_study(config: Config) -> int:
         for run in study.open_runs:
             run.folder.mkdir(exist_ok=True)
             write_whole(run.folder / "config.json", settings_to_json(run.config).encode())
+        study.write()
         try:
             for run, error in run_on_ray(study, token) if on_ray else run_here(study):
                 study.end(run, error)
         except Stopped:
             say(f"stopped; go on with the same command and --study {study.folder}")
             raise
-        study.write()
     study.summarize()
-    say(f"wrote  {study.folder / 'summary.csv'}, {config.plot}, {config.plot.with_stem('study_scores')}")
+    pictures = [config.plot] * bool(study.curves) + [config.plot.with_stem("study_scores")] * bool(study.scores())
+    say(f"wrote  {', '.join(map(str, [study.folder / 'summary.csv', *pictures]))}")
     return 1 if study.errors else 0
 
 
@@ -1697,11 +1698,7 @@ def start_ray(config: Config) -> None:
         ray.init(address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         cause = " ".join(str(error).split())[:150]
-        remedy = (
-            "start one with: ray start --head, or set its RAY_AUTH_TOKEN"
-            if config.ray_address
-            else "pip install -U ray"
-        )
+        remedy = "start it (ray start --head), or set its token" if config.ray_address else "pip install -U ray"
         raise InputError(f"Ray does not answer at {address} ({cause}); {remedy}") from error
     cores = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     if config.threads > cores:
