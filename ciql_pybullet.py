@@ -1324,13 +1324,13 @@ class Study:
             run = Run(dataclasses.replace(single, out_dir=self.folder), folder, files[single.dataset])
             self.runs.append(run)
             if run.checkpoint.exists():
-                check_resumes(dataclasses.replace(run.config, resume=folder), load_checkpoint(folder))
-                self.is_complete(run)
+                checkpoint = load_checkpoint(folder)
+                check_resumes(dataclasses.replace(run.config, resume=folder), checkpoint)
+                self.is_complete(run, checkpoint)
         self.start, self.before = time.perf_counter(), {run: run.step() for run in self.runs}
 
-    def is_complete(self, run: Run) -> bool:
-        """Is ``run`` complete? Then keep its curve."""
-        checkpoint = load_checkpoint(run.folder)
+    def is_complete(self, run: Run, checkpoint: dict[str, Any]) -> bool:
+        """Is ``run`` complete by its checkpoint? Then keep its curve."""
         if checkpoint["step"] == run.config.max_steps:
             steps, returns = evaluations(checkpoint["rows"])
             self.curves[run] = steps, returns.mean(1)
@@ -1356,7 +1356,7 @@ class Study:
         return {name: np.array([self.final(run)[1] for run in runs]) for name, runs in groups if runs[0].config.robot}
 
     def line(self, running: int) -> str:
-        """How far the study is; the time left from the speed of this session."""
+        """How far the study is; the time left from the speed since its start."""
         alive = [run for run in self.runs if run not in self.errors]
         now = {run: run.config.max_steps if run in self.curves else run.step() for run in alive}
         made, missing = (sum(now[r] - self.before[r] for r in alive), sum(r.config.max_steps - now[r] for r in alive))
@@ -1365,7 +1365,7 @@ class Study:
 
     def end(self, run: Run, error: str | None) -> None:
         """Take in that ``run`` ended, well or with an error, and refresh summary and pictures."""
-        if error is None and self.is_complete(run):
+        if error is None and self.is_complete(run, load_checkpoint(run.folder)):
             value, score = self.final(run)
             scored = "" if math.isnan(score) else f", score {score:.1f}"
             say(f"done   {run.folder.name}: final return {value:.1f}{scored}")
