@@ -125,6 +125,7 @@ class Config:
 
     def __post_init__(self) -> None:
         positive, inf = "a whole number of at least 1", math.inf
+        several = len(self.seeds) > 1 or len(self.datasets) > 1
         rules: dict[str, tuple[bool, str]] = {
             "seed": (0 <= self.seed < 2**32, "a whole number from 0 to 4294967295"),
             "gamma": (0 <= self.gamma <= 1, "in [0, 1]"),
@@ -146,6 +147,8 @@ class Config:
             "seeds": (len(set(self.seeds)) == len(self.seeds), "all different"),
             "datasets": (len({Path(d).stem for d in self.datasets}) == len(self.datasets), "all of different names"),
             "study": (not (self.study and (self.resume or self.evaluate)), "left out with resume and evaluate"),
+            "resume": (not (self.resume and several), "left out with several seeds or data sets; use study"),
+            "evaluate": (not (self.evaluate and several), "left out with several seeds or data sets"),
             "gpu_share": (0 < self.gpu_share <= 1, "in (0, 1]"),
         }
         for name, (valid, requirement) in rules.items():
@@ -946,7 +949,7 @@ def settings_to_json(config: Config) -> str:
 
 def settings_from_json(text: str) -> Config:
     values = json.loads(text)
-    paths = {name: Path(values[name]) for name in PATHS if values[name] is not None}
+    paths = {name: Path(values[name]) for name in PATHS if values.get(name) is not None}  # older runs lack some
     return Config(**values | paths | {name: tuple(v) for name, v in values.items() if isinstance(v, list)})
 
 
@@ -1068,7 +1071,7 @@ def find_device(name: str) -> torch.device:
 
 def check_resumes(config: Config, checkpoint: dict[str, Any]) -> None:
     """Raise InputError unless ``config`` goes on from ``checkpoint`` as if it had never stopped."""
-    free = (*PATHS, "max_steps", "threads", "film", "wandb_project", "seeds", "datasets", "ray_address", "gpu_share")
+    free = (*PATHS, "max_steps", "threads", "film", "wandb_project", "ray_address", "gpu_share")
     saved = settings_from_json(checkpoint["config"])
     now = dataclasses.asdict(config)
     changes = (f"{name} {now[name]} (was {old})" for name, old in dataclasses.asdict(saved).items() if now[name] != old)
@@ -1315,13 +1318,14 @@ class Study:
         self.runs: list[Run] = []
         self.curves: dict[Run, tuple[np.ndarray, np.ndarray]] = {}  # of complete runs: steps (E,), mean returns (E,)
         self.errors: dict[Run, str] = {}  # of failed runs
-        files: dict[str, Path] = {}
+        self.sources: dict[str, DataSource] = {}  # by data set
         for single in single_runs(config):
-            if single.dataset not in files:
-                files[single.dataset] = find_dataset(single.dataset).absolute()
-                read_columns(files[single.dataset], single.robot.dims if single.robot else None)
+            if single.dataset not in self.sources:
+                path = find_dataset(single.dataset).absolute()
+                read_columns(path, single.robot.dims if single.robot else None)
+                self.sources[single.dataset] = DataSource(path, episode_returns(path))
             folder = self.folder / f"{Path(single.dataset).stem}-seed{single.seed}"
-            run = Run(dataclasses.replace(single, out_dir=self.folder), folder, files[single.dataset])
+            run = Run(dataclasses.replace(single, out_dir=self.folder), folder, self.sources[single.dataset].path)
             self.runs.append(run)
             if run.checkpoint.exists():
                 checkpoint = load_checkpoint(folder)
@@ -1446,16 +1450,15 @@ def draw_curves(study: Study) -> None:
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(max(9, 6 * columns), 4.5 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, runs in zip(panels, groups.values(), strict=False):
+    for axes, (name, runs) in zip(panels, groups.items(), strict=False):
         steps = functools.reduce(np.intersect1d, [study.curves[run][0] for run in runs])
         returns = np.array([study.curves[run][1][np.isin(study.curves[run][0], steps)] for run in runs])
         mean, low, high = with_interval([returns], np.mean)
         axes.plot(steps, returns.T, color="#0072B2", linewidth=0.7, alpha=0.4)
         axes.plot(steps, mean, color="#0072B2", marker="o", markersize=3, label=f"CIQL, seeds: {len(runs)}, mean")
         axes.fill_between(steps, low, high, color="#0072B2", alpha=0.25, linewidth=0, label="95 % interval")
-        source = DataSource(runs[0].data, episode_returns(runs[0].data))
-        draw_references(axes, runs[0].config, source)
-        axes.set_title(source.title(runs[0].config), fontsize="medium")
+        draw_references(axes, runs[0].config, study.sources[name])
+        axes.set_title(study.sources[name].title(runs[0].config), fontsize="medium")
     for axes in panels[len(groups) :]:
         axes.remove()
     figure.suptitle(f"CIQL, {algorithm_changes(study.config)}", fontsize="medium")
@@ -1471,7 +1474,7 @@ def draw_scores(study: Study) -> None:
         return
     columns: dict[str, list[np.ndarray]] = {}
     for name, values in scores.items():
-        sample = "\n(sample)" if study.groups()[name][0].data == SAMPLE else ""
+        sample = "\n(sample)" if study.sources[name].is_sample else ""
         columns[Path(name).stem.replace("-bullet-", "\n").removesuffix("-v0") + sample] = [values]
     if len(scores) > 1:
         columns["all"] = list(scores.values())

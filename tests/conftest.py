@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "ciql_pybullet.py"
 sys.path.insert(0, str(ROOT))
 
+import ciql_pybullet
+
 
 def episode(steps, first, observation_dim=2, action_dim=1, closed=True):
     """Rows of one episode in d4rl-pybullet's layout, every number of them told apart by ``first``."""
@@ -43,6 +45,15 @@ def hopper_file(path, **replaced):
     for e in episodes:
         e["observations"] = rng.normal(size=e["observations"].shape)
     return write_file(path, *episodes, **replaced)
+
+
+def run_main(monkeypatch, capsys, arguments):
+    """Run the command line in this process: its exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["ciql_pybullet.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        ciql_pybullet.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)

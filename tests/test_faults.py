@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import trustme
-from conftest import SCRIPT, episode, hopper_file, write_file
+from conftest import SCRIPT, episode, hopper_file, run_main, write_file
 
 import ciql_pybullet
 from ciql_pybullet import SAMPLE, SAMPLE_ID, Config, InputError, find_dataset
@@ -27,11 +27,8 @@ def snapshot(folder):
 def fails(monkeypatch, capsys, folder, arguments):
     """Run the command line in this process; returns its one line of stderr."""
     before = snapshot(folder)
-    monkeypatch.setattr(sys, "argv", ["ciql_pybullet.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        ciql_pybullet.main()
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
+    code, _, error = run_main(monkeypatch, capsys, arguments)
+    assert code == 2
     assert error.endswith("\n") and error.count("\n") == 1, error
     assert "Traceback" not in error
     assert snapshot(folder) == before
@@ -91,6 +88,8 @@ def fails(monkeypatch, capsys, folder, arguments):
         (["--datasets", SAMPLE_ID, "hopper-bullet"], "hopper-bullet-mixed-v0"),
         (["--study", "a_file/s"], "study is a_file/s"),
         (["--study", "s", "--resume", "nothing"], "study is s, but must be left out with resume and evaluate"),
+        (["--seeds", "0", "1", "--resume", "nothing"], "resume is nothing, but must be left out with several seeds"),
+        (["--seeds", "0", "1", "--evaluate", "nothing"], "evaluate is nothing, but must be left out with several"),
         (["--no-such-setting", "1"], "--no-such-setting"),
     ],
 )  # fmt: skip
@@ -352,11 +351,8 @@ def test_host_that_never_resolves(monkeypatch, capsys):
 def test_diverging_run_stops(tmp_path, monkeypatch, capsys):
     hopper_file(tmp_path / "data.hdf5")
     flags = ["--dataset", "data.hdf5", *HOPPER, "--lr", "1e30", "--max-steps", "50", "--log-interval", "10"]
-    monkeypatch.setattr(sys, "argv", ["ciql_pybullet.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        ciql_pybullet.main()
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
+    code, _, error = run_main(monkeypatch, capsys, flags)
+    assert code == 1
     assert error.count("\n") == 1 and "step 10" in error and "_loss" in error
     assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, hopper_file
+from conftest import ROOT, SCRIPT, hopper_file, run_main
 
 import ciql_pybullet
 from ciql_pybullet import Config, load_checkpoint, load_policy
@@ -119,6 +119,16 @@ def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- resuming
 
+
+def test_settings_of_an_older_run_can_be_read():
+    """A setting that the run's version did not have takes its default."""
+    config = Config(tau=0.9, hidden_sizes=(8, 9), plot=Path("p.png"))
+    values = json.loads(ciql_pybullet.settings_to_json(config))
+    for name in ("threads", "seeds", "datasets", "study", "ray_address", "gpu_share"):
+        del values[name]
+    assert ciql_pybullet.settings_from_json(json.dumps(values)) == config
+
+
 LONG = [*HOPPER, "--eval-episodes", "1", "--max-steps", "600", "--eval-interval", "100", "--log-interval", "35"]
 
 
@@ -188,14 +198,11 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(start, tmp_path, monkey
 
     for arguments, cause in (
         (["--tau", "0.9"], "tau 0.9 (was 0.8)"),
-        (["--max-steps", "100"], "is at step 600; raise it"),
+        (["--max-steps", "100"], f"max_steps is 100, but {folder} is at step 600; raise it"),
         (["--max-steps", "900"], "data.hdf5 is not the data that"),
     ):
         if "not the data" in cause:
             hopper_file(tmp_path / "data.hdf5", rewards=np.zeros(132))
-        monkeypatch.setattr(sys, "argv", ["ciql_pybullet.py", "--resume", str(folder), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            ciql_pybullet.main()
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and cause in error and error.count("\n") == 1
+        code, _, error = run_main(monkeypatch, capsys, ["--resume", str(folder), *arguments])
+        assert code == 2 and cause in error and error.count("\n") == 1
     assert metrics(folder) == metrics(whole)

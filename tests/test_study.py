@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SCRIPT, hopper_file
+from conftest import SCRIPT, hopper_file, run_main
 from test_run import children_of, metrics, run_folder
 
 import ciql_pybullet
@@ -77,14 +77,6 @@ def test_final_return_is_the_mean_of_the_last_ten_evaluations():
 # ------------------------------------------------------------------------------------ without Ray, and again
 
 
-def run_here(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["ciql_pybullet.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        ciql_pybullet.main()
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
-
-
 def rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -98,7 +90,7 @@ def test_without_ray_one_after_the_other(monkeypatch, capsys, tmp_path):
     short = [*HOPPER, "--eval-interval", "20", "--log-interval", "5"]
     command = [*short, "--datasets", "bad.hdf5", "good.hdf5", "--seeds", "0", "1", "--study", "s"]
 
-    code, out, err = run_here(monkeypatch, capsys, *command, "--max-steps", "20")
+    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "20"])
     assert (code, err) == (1, "")
     assert "NOTE   ray is not installed" in out
     last = out[out.index("return: mean") :]
@@ -115,18 +107,18 @@ def test_without_ray_one_after_the_other(monkeypatch, capsys, tmp_path):
 
     # resumed, then skipped
     hopper_file(tmp_path / "bad.hdf5")
-    code, out, err = run_here(monkeypatch, capsys, *command, "--max-steps", "30")
+    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "30"])
     assert (code, err) == (0, "")
     assert re.findall(r"run .*/(\w+-seed\d) from step 20, cpu \(1 threads\)", out) == ["good-seed0", "good-seed1"]
     before = (tmp_path / "s" / "good-seed0" / "metrics.csv").read_bytes()
-    code, out, err = run_here(monkeypatch, capsys, *command, "--max-steps", "30")
+    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "30"])
     assert (code, err) == (0, "")
     assert "4 runs, 4 of them complete" in out and "steps/s" not in out
     assert (tmp_path / "s" / "good-seed0" / "metrics.csv").read_bytes() == before
 
     # the figures of the table are those of the runs, which are those of single runs
     single = [*short, "--dataset", "good.hdf5", "--seed", "1", "--max-steps", "30"]
-    assert run_here(monkeypatch, capsys, *single)[0] == 0
+    assert run_main(monkeypatch, capsys, single)[0] == 0
     assert metrics(run_folder(tmp_path)) == metrics(tmp_path / "s" / "good-seed1")
     means = []
     for seed in (0, 1):
@@ -139,14 +131,14 @@ def test_without_ray_one_after_the_other(monkeypatch, capsys, tmp_path):
     assert line.split()[:3] == ["good.hdf5", "2", f"{np.mean(means):.1f}"]
 
     # other settings are refused, and nothing is touched
-    code, out, err = run_here(monkeypatch, capsys, *command, "--max-steps", "30", "--tau", "0.9")
+    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "30", "--tau", "0.9"])
     assert (code, err.count("\n")) == (2, 1) and "tau 0.9 (was 0.8)" in err
 
 
 def test_one_seed_and_one_data_set_are_the_plain_job(monkeypatch, capsys, tmp_path):
     hopper_file(tmp_path / "good.hdf5")
     arguments = [*HOPPER, "--max-steps", "2", "--datasets", "good.hdf5", "--seeds", "3"]
-    code, out, err = run_here(monkeypatch, capsys, *arguments)
+    code, out, err = run_main(monkeypatch, capsys, arguments)
     assert (code, err) == (0, "") and "study" not in out
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("good-seed3-")
@@ -251,7 +243,7 @@ def test_a_cluster_loses_a_node_and_a_process(cluster, monkeypatch, capsys, tmp_
         assert re.search(r"^run .* from step 300, ", (tmp_path / "s" / run / "log.txt").read_text(), re.MULTILINE)
     for dataset, seed in itertools.product(("a", "b"), (0, 1)):
         single = [*short, "--dataset", f"{dataset}.hdf5", "--seed", str(seed), "--out-dir", f"{dataset}{seed}"]
-        assert run_here(monkeypatch, capsys, *single)[0] == 0
+        assert run_main(monkeypatch, capsys, single)[0] == 0
         (folder,) = (tmp_path / f"{dataset}{seed}").iterdir()
         assert metrics(folder) == metrics(tmp_path / "s" / f"{dataset}-seed{seed}")
     print(f"killed: {before}; second node without our disk: {hidden}\n{out}")  # shown by pytest -rP
