@@ -1,26 +1,31 @@
-"""Re-collect a d4rl-pybullet data set from its published recipe.
+"""Re-collect d4rl-pybullet data sets from their published recipe.
 
 Soft actor-critic (Haarnoja et al., 2018) with the recipe's settings (two hidden layers of 256, learning
 rate 3e-4, batch 100, one update a step, no warm-up) learns in a PyBullet environment until one training
-episode returns at least ``--level``. Three files are written to ``--out``:
+episode returns at least ``level``. By the last word of its id, a data set is
 
-    <name>-random-v0.hdf5   --rows rows of the untrained stochastic policy
-    <name>-mixed-v0.hdf5    the replay buffer up to that moment
-    <name>-medium-v0.hdf5   --rows rows of the final deterministic policy
+    random   ``rows`` rows of the untrained stochastic policy
+    mixed    the replay buffer up to that moment
+    medium   ``rows`` rows of the final deterministic policy
 
 Rows are laid out as d4rl-pybullet lays them out. Row t holds (observation_t, action_t, r, d) where r and d
 ARRIVED WITH observation_t, from the step before. An episode closes with an extra row: its last observation,
 a zero action, the last reward, terminal 1, at the time limit as well as after a fall.
 
-    python data/make_bullet_dataset.py --env-id HopperBulletEnv-v0 --name hopper-bullet --level 300 --out sets
+    python data/make_bullet_dataset.py --id walker2d-bullet-mixed-v0
+    python data/make_bullet_dataset.py --id hopper-bullet-medium-v0 hopper-bullet-mixed-v0 --out sets
 """
 
 import copy
 import dataclasses
 import datetime
 import importlib.metadata
+import os
 import pathlib
+import re
+import sys
 import time
+from typing import NoReturn
 
 import gymnasium
 import h5py
@@ -32,16 +37,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+# of a robot: its environment, and the return of a training episode that ends learning
+ROBOTS = {
+    "halfcheetah": ("HalfCheetahBulletEnv-v0", 800.0),
+    "hopper": ("HopperBulletEnv-v0", 1000.0),
+    "walker2d": ("Walker2DBulletEnv-v0", 1000.0),
+    "ant": ("AntBulletEnv-v0", 600.0),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What to collect."""
+    """Re-collect d4rl-pybullet data sets: <out>/<id>.hdf5 for each id."""
 
-    out: pathlib.Path  # folder for the three files
-    env_id: str = "HalfCheetahBulletEnv-v0"  # environment to learn and collect in
-    name: str = "halfcheetah-bullet"  # file names start with it
-    level: float = 800.0  # stop learning once a training episode returns this much
-    max_steps: int = 600_000  # give up learning after this many environment steps
-    rows: int = 200_000  # rows of the random and the medium file
+    id: tuple[str, ...]  # data sets of one robot, such as hopper-bullet-medium-v0 hopper-bullet-mixed-v0
+    out: pathlib.Path | None = None  # folder for the files; none: where ciql_pybullet.py looks for them
+    level: float | None = None  # stop learning once a training episode returns this much; none: the robot's own
+    max_steps: int = 1_000_000  # give up learning after this many environment steps
+    rows: int = 200_000  # rows of a random or medium file
     seed: int = 0  # of the networks, the environment and the sampling
 
 
@@ -149,9 +162,10 @@ def minimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC) -> Rows:
-    """Train ``sac`` until an episode returns ``recipe.level``; returns the replay buffer."""
+def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float) -> Rows:
+    """Train ``sac`` until an episode returns ``level``; returns the replay buffer."""
     replay, start = Rows(), time.time()
+    torch.manual_seed(recipe.seed)  # whether a random file was collected before or not
     observation, _ = env.reset(seed=recipe.seed)
     steps, observation_dim, action_dim = recipe.max_steps, observation.size, sac.action_dim
     buffer = [torch.zeros(steps, *shape) for shape in ((observation_dim,), (action_dim,), (), (observation_dim,), ())]
@@ -168,10 +182,10 @@ def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC) -> Rows:
             if len(replay.returns) % 10 == 0:
                 rate = (t + 1) / (time.time() - start)
                 print(f"step {t + 1:,}  return {replay.returns[-1]:.1f}  {rate:.0f} steps/s", flush=True)
-            if replay.returns[-1] >= recipe.level:
+            if replay.returns[-1] >= level:
                 return replay
             observation, _ = env.reset()
-    raise SystemExit(f"no episode returned {recipe.level} within {recipe.max_steps:,} steps; lower --level")
+    stop(f"no episode returned {level:g} within {recipe.max_steps:,} steps; lower --level")
 
 
 def collect(recipe: Recipe, env: gymnasium.Env, sac: SAC, deterministic: bool, seed: int) -> Rows:
@@ -187,25 +201,55 @@ def collect(recipe: Recipe, env: gymnasium.Env, sac: SAC, deterministic: bool, s
     return logged
 
 
+def paths_by_kind(recipe: Recipe) -> tuple[str, dict[str, pathlib.Path]]:
+    """The robot, and the file to write for each kind asked for. Ends the program for an id that cannot be made."""
+    folder = recipe.out or pathlib.Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    found = [re.fullmatch(rf"({'|'.join(ROBOTS)})-bullet-(random|mixed|medium)-v0", name) for name in recipe.id]
+    robots = {match[1] for match in found if match}
+    if not all(found) or len(robots) != 1:
+        stop(f"id is {' '.join(recipe.id)}, but must be of one robot, like hopper-bullet-medium-v0 (mixed, random)")
+    paths = {match[2]: folder / f"{match[0]}.hdf5" for match in found if match}
+    for path in paths.values():
+        if path.exists():
+            stop(f"{path} is there already; move it away or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"{folder} cannot be made ({error.strerror}); choose another --out")
+    return robots.pop(), paths
+
+
+def stop(line: str) -> NoReturn:
+    print(f"make_bullet_dataset: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(recipe: Recipe) -> None:
+    robot, paths = paths_by_kind(recipe)
+    env_id, level = ROBOTS[robot]
+    level = level if recipe.level is None else recipe.level
     torch.set_num_threads(1)  # batches of 100 are too small for more
     torch.manual_seed(recipe.seed)
-    env = gymnasium.make(recipe.env_id)
+    env = gymnasium.make(env_id)
     assert env.observation_space.shape and env.action_space.shape
     sac = SAC(env.observation_space.shape[0], env.action_space.shape[0])
-    recipe.out.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(
         f"{p} {importlib.metadata.version(p)}" for p in ("pybullet", "pybullet_envs_gymnasium", "torch")
     )
-    source = f"re-collected after d4rl-pybullet's recipe in {recipe.env_id}, seed {recipe.seed}, {versions}, {datetime.date.today()}"
+    source = f"re-collected after d4rl-pybullet's recipe in {env_id}, seed {recipe.seed}, {versions}, {datetime.date.today()}"
 
-    untrained = collect(recipe, env, sac, deterministic=False, seed=recipe.seed + 10_000)
-    untrained.write(recipe.out / f"{recipe.name}-random-v0.hdf5", recipe.rows, f"{source}; untrained policy")
-    replay = learn(recipe, env, sac)
-    learned = f"SAC stopped at an episode of {replay.returns[-1]:.1f} (level {recipe.level:g})"
-    replay.write(recipe.out / f"{recipe.name}-mixed-v0.hdf5", None, f"{source}; replay of {learned}")
-    played = collect(recipe, env, sac, deterministic=True, seed=recipe.seed + 20_000)
-    played.write(recipe.out / f"{recipe.name}-medium-v0.hdf5", recipe.rows, f"{source}; mean action of {learned}")
+    if "random" in paths:
+        untrained = collect(recipe, env, sac, deterministic=False, seed=recipe.seed + 10_000)
+        untrained.write(paths["random"], recipe.rows, f"{source}; untrained policy")
+    if paths.keys() == {"random"}:
+        return
+    replay = learn(recipe, env, sac, level)
+    learned = f"SAC stopped at an episode of {replay.returns[-1]:.1f} (level {level:g})"
+    if "mixed" in paths:
+        replay.write(paths["mixed"], None, f"{source}; replay of {learned}")
+    if "medium" in paths:
+        played = collect(recipe, env, sac, deterministic=True, seed=recipe.seed + 20_000)
+        played.write(paths["medium"], recipe.rows, f"{source}; mean action of {learned}")
 
 
 if __name__ == "__main__":
