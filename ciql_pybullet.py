@@ -163,13 +163,23 @@ def read_transitions(file: str | Path | Rows, max_episode_steps: int = 1000) -> 
 
 
 # ------------------------------------------------------------------------------------------------ networks
-def mlp(inputs: int, hidden_sizes: Sequence[int], outputs: int) -> nn.Sequential:
+class MLP(nn.Sequential):
     """Linear layers with ReLU between: (B, inputs) -> (B, outputs)."""
-    sizes = [inputs, *hidden_sizes, outputs]
-    layers: list[nn.Module] = []
-    for size_in, size_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(size_in, size_out), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+
+    def __init__(self, inputs: int, hidden_sizes: Sequence[int], outputs: int) -> None:
+        layers: list[nn.Module] = []
+        for size_in, size_out in itertools.pairwise([inputs, *hidden_sizes, outputs]):
+            layers += [nn.Linear(size_in, size_out), nn.ReLU()]
+        super().__init__(*layers[:-1])
+        self.fused = prefers_onednn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fused and x.is_cpu and x.dim() == 2):
+            return super().forward(x)
+        *hidden, last = (layer for layer in self if isinstance(layer, nn.Linear))
+        for layer in hidden:
+            x = LinearReLU.apply(x, layer.weight, layer.bias)
+        return last(x)
 
 
 class ValueNetwork(nn.Module):
@@ -177,7 +187,7 @@ class ValueNetwork(nn.Module):
 
     def __init__(self, observation_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.v = mlp(observation_dim, hidden_sizes, 1)
+        self.v = MLP(observation_dim, hidden_sizes, 1)
 
     def forward(self, observations: Tensor) -> Tensor:
         """(B, observation_dim) -> (B,)."""
@@ -189,27 +199,13 @@ class DoubleQNetwork(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.dims = (observation_dim, action_dim)
-        self.q1 = mlp(observation_dim + action_dim, hidden_sizes, 1)
-        self.q2 = mlp(observation_dim + action_dim, hidden_sizes, 1)
+        self.q1 = MLP(observation_dim + action_dim, hidden_sizes, 1)
+        self.q2 = MLP(observation_dim + action_dim, hidden_sizes, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """(B, observation_dim), (B, action_dim) -> two (B,)."""
         inputs = torch.cat([observations, actions], -1)
         return self.q1(inputs).squeeze(-1), self.q2(inputs).squeeze(-1)
-
-    def many(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """K actions a state: (B, observation_dim), (B, K, action_dim) -> two (B, K).
-
-        The first layer splits, W [s; a] = W_s s + W_a a: the state's part is computed once, not K times.
-        """
-        values = []
-        for q in (self.q1, self.q2):
-            first, rest = cast(nn.Linear, q[0]), q[1:]
-            w_s, w_a = first.weight.split(self.dims, dim=1)
-            hidden = F.linear(actions, w_a) + F.linear(observations, w_s, first.bias)[:, None]
-            values.append(rest(hidden).squeeze(-1))
-        return values[0], values[1]
 
 
 class GaussianPolicy(nn.Module):
@@ -220,7 +216,7 @@ class GaussianPolicy(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.mu = mlp(observation_dim, hidden_sizes, action_dim)
+        self.mu = MLP(observation_dim, hidden_sizes, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
         # what the training data were normalised with, so that a policy acts on the simulator's own observations
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
@@ -249,7 +245,7 @@ def expectile_loss(diff: Tensor, tau: float) -> Tensor:
 
 
 def conservative_penalty(q_neg: Tensor, q_data: Tensor) -> Tensor:
-    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)): (B, K), (B,) -> (), of one critic. CQL's gap, clamped at zero."""
+    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)): (B · num_neg,), (B,) -> (), of one critic. CQL's gap, clamped at zero."""
     return F.relu(q_neg.mean() - q_data.mean())
 
 
@@ -279,6 +275,8 @@ class CIQL:
         self.critic = DoubleQNetwork(observation_dim, action_dim, sizes).to(self.device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.parameters: list[Tensor] = [p for net in (self.policy, self.value, self.critic) for p in net.parameters()]
+        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.exp_avgs = [torch.zeros_like(p) for p in self.parameters]  # Adam's state
         self.exp_avg_sqs = [torch.zeros_like(p) for p in self.parameters]
         self.adam_steps = [torch.zeros((), device=self.device) for _ in self.parameters]
@@ -301,7 +299,7 @@ class CIQL:
         penalty = torch.zeros_like(value_loss)
         if c.alpha > 0:
             with torch.set_grad_enabled(open_clamp):
-                neg1, neg2 = self.critic.many(s, negative_actions)
+                neg1, neg2 = self.critic(s.repeat_interleave(c.num_neg, 0), negative_actions.flatten(0, 1))
                 penalty = conservative_penalty(neg1, q1) + conservative_penalty(neg2, q2)
         q_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean() + c.alpha * penalty
 
@@ -339,9 +337,7 @@ class CIQL:
     @torch.no_grad()
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """One step of Adam over all parameters, then Polyak averaging of the target critic."""
-        # Adam's fused kernel cannot be traced. A compiled CPU step calls it as it is: it beats what the compiler makes of
-        # Adam. On CUDA the step must stay one graph.
-        traced = torch.compiler.is_compiling() and not self.on_cpu
+        traced = torch.compiler.is_compiling()  # on CUDA alone; a fused kernel cannot be
         adam(
             self.parameters, list(gradients), self.exp_avgs, self.exp_avg_sqs, [], self.adam_steps,
             fused=not traced, foreach=traced, capturable=traced, amsgrad=False, maximize=False,
@@ -350,9 +346,7 @@ class CIQL:
         # The data's actions are often a function of the state, which drives σ to 0. A projection, not a clamp in the
         # likelihood: that would kill the gradient, and σ could not grow again.
         self.policy.log_std.clamp_(min=self.config.min_log_std)
-        target: list[Tensor] = list(self.target_critic.parameters())
-        online: list[Tensor] = list(self.critic.parameters())
-        torch._foreach_lerp_(target, online, self.config.polyak)
+        torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.config.polyak)
 
     def prepare(self, data: Transitions) -> Transitions:
         """Normalise the observations (in place), tell the policy how, and move the data to the device."""
@@ -379,6 +373,10 @@ class CIQL:
         torch._inductor.config.fallback_random = True  # the eager step's random numbers
         torch._logging.set_logs(dynamo=logging.ERROR)  # no warning that the branch on the clamp breaks the graph
         torch._inductor.config.cpp_wrapper = self.on_cpu  # no Python between the kernels
+        if self.on_cpu and prefers_onednn():
+            compile_onednn()
+        if self.on_cpu:  # the kernels of ``apply`` beat what the compiler makes of it
+            self.apply = torch.compiler.disable(self.apply)  # type: ignore[method-assign]
         step = torch.compile(self.step, fullgraph=not self.on_cpu)
         before = copy.deepcopy(self.state_dict())
         with torch.random.fork_rng():
@@ -402,6 +400,50 @@ class CIQL:
         for name in ADAM:
             torch._foreach_copy_(getattr(self, name), state[name])
         self.clamp_open = state["clamp_open"]
+
+
+# -------------------------------------------------------------------------------------------- fast products
+def prefers_onednn() -> bool:
+    """Is oneDNN, which comes with torch, the faster library for products? On AMD: there torch's own, MKL, goes slow."""
+    is_amd = os.path.exists("/proc/cpuinfo") and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    return is_amd and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def product(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "none") -> Tensor:
+    """activation(x wᵀ + b) in one call of oneDNN, float32: (M, K), (N, K), (N,) -> (M, N); w may be a transposed view."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, activation, [], "")
+
+
+class LinearReLU(torch.autograd.Function):
+    """ReLU(x wᵀ + b): (B, I), (O, I), (O,) -> (B, O), its three products by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        y = product(x, w, b, "relu")
+        ctx.save_for_backward(x, w, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
+        x, w, y = ctx.saved_tensors
+        grad = grad_y * (y > 0)
+        return product(grad, w.t()) if ctx.needs_input_grad[0] else None, product(grad.t(), x.t()), grad.sum(0)
+
+
+def compile_onednn() -> None:
+    """Have torch.compile call ``product`` as it is: its own rule for this operator takes constant weights only."""
+    from torch._inductor import config, ir, lowering, mkldnn_ir
+
+    def lower(x: Any, w: Any, b: Any, activation: str, scalars: Any, algorithm: str) -> Any:
+        call = mkldnn_ir.LinearUnary
+        x, w = call.require_contiguous(call.realize_input(x)), call.realize_input(w)
+        tensors = [x, w] if b is None else [x, w, call.realize_input(b)]
+        constants = [None, activation, [-1], algorithm][b is not None :]
+        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], w.get_size()[0]])
+        return ir.TensorBox.create(mkldnn_ir._create_output_node(call(layout, tensors, constants)))
+
+    lowering.lowerings[torch.ops.mkldnn._linear_pointwise.default] = lower
+    config.pattern_matcher = False  # nor fuse it with what follows, by another such rule
 
 
 # ---------------------------------------------------------------------------------------------- data files
@@ -712,7 +754,7 @@ class Run:
     def means(self) -> dict[str, float]:
         """Of the metrics since the last log line. Raises FloatingPointError if one, or a weight, is not finite."""
         figures = dict(zip(METRICS, (torch.stack(self.sums) / self.count).tolist(), strict=True))
-        figures["a weight"] = float(sum(parameter.sum() for parameter in self.agent.parameters))
+        figures["a weight"] = float(sum(parameter.detach().sum() for parameter in self.agent.parameters))
         for name, figure in figures.items():
             if not math.isfinite(figure):
                 span = f"within the {self.count} steps up to step {self.step:,}"

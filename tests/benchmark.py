@@ -1,15 +1,17 @@
 """Speed and memory of ciql_pybullet.py on this machine: python tests/benchmark.py [--json FILE]
 
 Steps a second, ratios and shares are medians over rounds in which the steps take turns, so that a machine whose speed
-drifts is fair to all. The GEMM limit is the rate of the step's largest matrix product, measured in the same rounds.
+drifts is fair to all. The GEMM limit is the rate of the step's largest matrix product, by torch.mm (MKL) or by oneDNN,
+whichever is faster, measured in the same rounds.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
+import io
 import json
 import os
-import pickle
 import platform
 import statistics
 import subprocess
@@ -26,10 +28,11 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ciql_pybullet import CIQL, SAMPLE, Config, EvaluationPool, Transitions, play_episode, read_transitions
+from ciql_pybullet import CIQL, SAMPLES, Config, EvaluationPool, Transitions, product, read_transitions
 
 S, A, B, H, K = 26, 6, 256, 256, 10  # the default job: HalfCheetah at the default settings
 ENV = "HalfCheetahBulletEnv-v0"
+SAMPLE = SAMPLES / "halfcheetah-bullet-medium-sample.hdf5"
 
 
 class Textbook:
@@ -133,7 +136,13 @@ def steps_table(rounds, steps):
         }
         left, right = torch.randn(B * K, H), torch.randn(H, H)  # the largest product of a step
         products = max(1, int(1e10 / (2 * B * K * H * H)))
-        times, gemm, opened = {kind: [] for kind in kinds}, [], []
+        libraries = (
+            {"torch.mm": torch.mm, "oneDNN": product}
+            if torch.backends.mkldnn.is_available()
+            else {"torch.mm": torch.mm}
+        )
+        times, opened = {kind: [] for kind in kinds}, []
+        gemms = {library: [] for library in libraries}
         for step, _ in kinds.values():
             for _ in range(100):
                 step()
@@ -143,10 +152,12 @@ def steps_table(rounds, steps):
                 results = [step() for _ in range(steps)]
                 times[kind].append((time.perf_counter() - start) / steps)
                 opened += [float(r["clamp_open"]) for r in results if isinstance(r, dict)]
-            start = time.perf_counter()
-            for _ in range(products):
-                torch.mm(left, right)
-            gemm.append(products * 2 * B * K * H * H / (time.perf_counter() - start))
+            for library, multiply in libraries.items():
+                start = time.perf_counter()
+                for _ in range(products):
+                    multiply(left, right)
+                gemms[library].append(products * 2 * B * K * H * H / (time.perf_counter() - start))
+        gemm = max(gemms.values(), key=statistics.median)
         for kind, (_, work) in kinds.items():
             ratio = [base / own for base, own in zip(times["textbook"], times[kind], strict=True)]
             share = [work / own / rate for own, rate in zip(times[kind], gemm, strict=True)]
@@ -156,7 +167,7 @@ def steps_table(rounds, steps):
                     "case": case,
                     "clamp_open": float(np.mean(opened)),
                     "gflop": work / 1e9,
-                    "gemm_gflops": statistics.median(gemm) / 1e9,
+                    "gemm_gflops": {library: statistics.median(rates) / 1e9 for library, rates in gemms.items()},
                     "steps_per_second": 1 / statistics.median(times[kind]),
                     "times_textbook": statistics.median(ratio),
                     "share_of_gemm": statistics.median(share),
@@ -200,22 +211,19 @@ def first_step(folder, *flags):
 
 
 def evaluation_times(rounds):
-    """Seconds of 5 episodes, one after the other in this process and in the pool."""
+    """Seconds of 5 episodes, in one worker process and in one a core."""
     policy = CIQL(S, A, Config(device="cpu")).policy
-    threads, times = torch.get_num_threads(), {"in process": [], "pool": []}
-    with EvaluationPool(ENV, 5) as pool:
-        pool.returns(policy, range(5))
-        for _ in range(rounds):
-            start = time.perf_counter()
-            pool.returns(policy, range(5))
-            times["pool"].append(time.perf_counter() - start)
-            torch.set_num_threads(1)
-            start = time.perf_counter()
-            for seed in range(5):
-                play_episode(pickle.dumps(policy), ENV, seed)
-            times["in process"].append(time.perf_counter() - start)
-            torch.set_num_threads(threads)
-    return {name: statistics.median(values) for name, values in times.items()}
+    threads, times = torch.get_num_threads(), {1: [], torch.get_num_threads(): []}
+    for workers in times:
+        torch.set_num_threads(workers)
+        with EvaluationPool(Config()) as pool, contextlib.redirect_stdout(io.StringIO()):
+            pool.play(policy, 0)
+            for step in range(1, rounds + 1):
+                start = time.perf_counter()
+                pool.play(policy, step)
+                times[workers].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return {f"{workers} worker{'s' * (workers > 1)}": statistics.median(values) for workers, values in times.items()}
 
 
 def main():
@@ -233,8 +241,10 @@ def main():
         print(
             f"| {row['case']} ({row['clamp_open']:.0%}) | {row['step']} | {row['steps_per_second']:.0f}"
             f" | {row['times_textbook']:.2f} | {row['gflop']:.2f}"
-            f" | {row['share_of_gemm']:.0%} of {row['gemm_gflops']:.0f} GFLOP/s |"
+            f" | {row['share_of_gemm']:.0%} of {max(row['gemm_gflops'].values()):.0f} GFLOP/s |"
         )
+    for library, rate in rows[0]["gemm_gflops"].items():
+        print(f"\n{library}: {rate:.0f} GFLOP/s")
     with tempfile.TemporaryDirectory() as folder:
         million = Path(folder) / "million.hdf5"
         write_million(million)
