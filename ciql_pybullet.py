@@ -9,7 +9,6 @@ three losses are minimised on a logged data set:
 
 y does not bootstrap after a true termination; ā are num_neg actions a state, drawn uniformly from the action box.
 
-Usage:
     python ciql_pybullet.py                                      the settings below
     python ciql_pybullet.py --dataset hopper-bullet-mixed-v0 --seed 3
     python ciql_pybullet.py --help                               every setting
@@ -26,7 +25,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib.util
 import io
 import itertools
 import logging
@@ -36,16 +34,14 @@ import os
 import pickle
 import re
 import signal
-import socket
 import sys
 import threading
 import time
-import urllib.parse
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -58,6 +54,7 @@ from torch.optim.adam import adam
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ settings
+EnvId = Literal["HalfCheetahBulletEnv-v0", "HopperBulletEnv-v0", "Walker2DBulletEnv-v0", "AntBulletEnv-v0"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -69,7 +66,7 @@ class Config:
 
     # Data
     dataset: str = "halfcheetah-bullet-medium-v0"  # one of the 12 ids, or the path of an .hdf5 file (with env_id)
-    env_id: str | None = None  # gymnasium environment of the data; known for the 12 ids
+    env_id: EnvId | None = None  # the environment of an .hdf5 file
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of networks, batches, off-data actions and evaluation episodes
     # CIQL
     gamma: Fraction = 0.99  # discount
@@ -111,14 +108,10 @@ class Config:
             raise InputError(f"env_id is not set, but must name the environment that {self.dataset} was recorded in")
 
     @property
-    def environment(self) -> str:
-        """The id of the environment to evaluate in."""
-        return self.env_id or ROBOTS[self.dataset.split("-")[0]].env_id
-
-    @property
-    def robot(self) -> "Robot | None":
-        """What is known of the environment, if it is one of the four robots'."""
-        return next((robot for robot in ROBOTS.values() if robot.env_id == self.environment), None)
+    def robot(self) -> "Robot":
+        """The robot of the data set."""
+        by_environment = {robot.env_id: robot for robot in ROBOTS.values()}
+        return by_environment[self.env_id] if self.env_id else ROBOTS[self.dataset.split("-")[0]]
 
 
 class InputError(ValueError):
@@ -319,8 +312,8 @@ class CIQL:
 
     def update(self, batch: Transitions) -> Metrics:
         """One gradient step on B transitions (observations normalised); returns the losses, scalars on the device."""
-        shape = (len(batch.actions), self.config.num_neg, batch.actions.shape[1])
-        negative_actions = torch.rand(shape, device=self.device) * 2 - 1
+        num_neg = self.config.num_neg if self.config.alpha > 0 else 0
+        negative_actions = torch.rand(len(batch.actions), num_neg, batch.actions.shape[1], device=self.device) * 2 - 1
         if self.on_cpu:
             # ReLU'(x) = 0 for x <= 0: with the clamp closed, leaving out the penalty's backward pass (over half of the
             # work) is exact. Start from what the last step found, and go again if an open clamp was taken for closed.
@@ -483,38 +476,38 @@ SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected, they stand i
 NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
 
 
-def read_rows(path: str | Path, dims: tuple[int, int] | None = None) -> tuple[Rows, str]:
+def read_rows(path: str | Path, dims: tuple[int, ...] | None = None) -> tuple[Rows, str]:
     """Read and check a d4rl-pybullet file: its columns, and how it was re-collected ("": a published file).
 
     ``dims`` is (observation_dim, action_dim) of the environment that the data must fit.
     Raises InputError, naming file and key, for a file that cannot be read or holds no usable data.
     """
-
-    def check(valid: Any, complaint: str) -> None:
-        if not valid:
-            raise InputError(f"{path}: {complaint}")
-
-    rows, ndims = {}, {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
+    keys = ("observations", "actions", "rewards", "terminals")
     try:
         with h5py.File(path) as file:
+            if missing := [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]:
+                raise InputError(f"{path}: the key '{missing[0]}' is missing; is it a d4rl-pybullet file?")
+            s, a, r, d = (file[key].astype(np.float32)[()] for key in keys)
             source = str(file.attrs.get("source", ""))
-            columns = {key: file[key] for key in ndims if isinstance(file.get(key), h5py.Dataset)}
-            rows = {key: column.astype(np.float32)[()] for key, column in columns.items()}
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as HDF5 numbers ({error}); is it a whole file?") from error
-    for key, ndim in ndims.items():
-        check(key in rows, f"the key '{key}' is missing; is it a d4rl-pybullet file?")
-        if ndim == 1 and rows[key].shape[1:] == (1,):  # stored as (N, 1) or (N,)
-            rows[key] = rows[key][:, 0]
-        n, shape = rows["observations"].shape[:1], rows[key].shape
-        check(len(shape) == ndim and shape[:1] == n, f"'{key}' has shape {shape}, which does not fit {n} rows")
-        check(np.isfinite(rows[key]).all(), f"'{key}' holds NaN or infinite values; remove those episodes")
-    own, (s, a, _, terminals) = (rows["observations"].shape[1], rows["actions"].shape[1]), rows.values()
-    check(dims in (None, own), f"has {own} columns, but the environment {dims}; set env_id to the one of the recording")
-    check((np.abs(a) <= 1 + 1e-5).all(), "'actions' reach outside [-1, 1]; rescale them to the action box")
-    check(np.isin(terminals, (0, 1)).all(), "'terminals' holds values other than 0 and 1; mark end rows with 1")
-    enough = (terminals[:-1] == 0).any()
-    check(enough, f"{len(s)} rows hold no complete transition; two rows of one episode are the least")
+    r, d = (column[:, 0] if column.shape[1:] == (1,) else column for column in (r, d))  # stored as (N, 1) or (N,)
+    rows, own = dict(zip(keys, (s, a, r, d), strict=True)), (*s.shape[1:], *a.shape[1:])
+    fit = s.ndim == a.ndim == 2 and r.shape == d.shape == s.shape[:1] == a.shape[:1]
+    not_finite = [key for key in keys if not np.isfinite(rows[key]).all()]
+    for valid, complaint in (
+        (fit, f"the shapes of {', '.join(f'{key} {rows[key].shape}' for key in keys)} do not fit together"),
+        (dims in (None, own), f"has {own} columns, but the environment {dims}; set env_id to the one of the recording"),
+        (not not_finite, f"{not_finite} holds NaN or infinite values; remove those episodes"),
+        ((np.abs(a) <= 1 + 1e-5).all(), "'actions' reach outside [-1, 1]; rescale them to the action box"),
+        (np.isin(d, (0, 1)).all(), "'terminals' holds values other than 0 and 1; mark end rows with 1"),
+        (
+            (d.ravel()[:-1] == 0).any(),
+            f"{d.size} rows hold no complete transition; two rows of an episode are the least",
+        ),
+    ):
+        if not valid:
+            raise InputError(f"{path}: {complaint}")
     return rows, source
 
 
@@ -526,34 +519,41 @@ def episode_returns(rows: Rows) -> np.ndarray:
     return total[end] - total[start]  # the reward in an episode's first row belongs to no step of it
 
 
-def load_dataset(config: Config, dims: tuple[int, int], max_steps: int) -> tuple[Transitions, np.ndarray, str]:
+def load_dataset(config: Config) -> tuple[Transitions, np.ndarray, str]:
     """Find, read and print the data set: its transitions, the returns of its whole episodes, a note for the picture."""
-    path = find_dataset(config.dataset)
-    rows, source = read_rows(path, dims)
-    data, returns, note = read_transitions(rows, max_steps), episode_returns(rows), ""
+    path, published = find_dataset(config.dataset), config.dataset in DOWNLOAD_URLS
+    rows, source = read_rows(path, config.robot.dims)
+    data, returns = read_transitions(rows), episode_returns(rows)
     figures = f"mean return {returns.mean():.1f} ± {returns.std():.1f}" if len(returns) else "none of them whole"
     say(f"data   {path}: {len(rows['rewards']):,} rows, {len(returns):,} episodes, {figures}")
     say(f"       {len(data.rewards):,} transitions, {int(data.terminations.sum()):,} of them terminations")
-    if source and config.dataset in DOWNLOAD_URLS:
-        note = " (re-collected, not the published file)"
+    if published and source:
         say(f"NOTE   this is not the published {config.dataset}, but {source}")
-    elif config.dataset in DOWNLOAD_URLS and config.dataset.startswith("ant-"):
+    elif published and config.dataset.startswith("ant-"):
         say("NOTE   the published ant files were recorded under other dynamics (random: 10) than today's (random: 432)")
-    return data, returns, note
+    return data, returns, " (re-collected, not the published file)" if published and source else ""
 
 
 def find_dataset(dataset: str) -> Path:
     """The file of ``dataset``, a path or one of the 12 ids: from the cache, the network or the embedded samples."""
-    if dataset not in DOWNLOAD_URLS:
-        return Path(dataset)
     cached = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / f"{dataset}.hdf5"
-    sample, url = SAMPLES / f"{dataset.removesuffix('-v0')}-sample.hdf5", DOWNLOAD_URLS[dataset]
+    if dataset not in DOWNLOAD_URLS or cached.exists():
+        return cached if dataset in DOWNLOAD_URLS else Path(dataset)
+    import pooch
+
+    def fetch(url: str, part: str, _: object) -> None:
+        """Fill a temporary file, which pooch renames to ``cached`` if it is whole and fits the environment."""
+        options: dict[str, Any] = {"progressbar": sys.stderr.isatty(), "chunk_size": 1 << 20}
+        pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, **options)(url, part, None)
+        read_rows(part, ROBOTS[dataset.split("-")[0]].dims)
+
+    os.environ.setdefault("RES_OPTIONS", "timeout:4 attempts:1")  # looking up a host has no other time-out
+    pooch.get_logger().setLevel("WARNING")
+    url, sample = DOWNLOAD_URLS[dataset], SAMPLES / f"{dataset.removesuffix('-v0')}-sample.hdf5"
     try:
-        if not cached.exists():
-            download(url, cached, ROBOTS[dataset.split("-")[0]].dims)
-        return cached
+        return Path(pooch.retrieve(url, None, cached.name, cached.parent, downloader=fetch))
     except (OSError, InputError) as error:
-        cause = f"cannot download {dataset}: {error}"
+        cause = f"cannot download {dataset}: {str(error).split('Caused by ')[-1]}"  # the rest is requests' own story
         if sample.exists():
             say(f"NOTE   {cause}")
             return sample
@@ -561,62 +561,19 @@ def find_dataset(dataset: str) -> Path:
         raise InputError(f"{cause}; download {url} and put it at {cached}, or re-collect it: {rebuild}") from error
 
 
-def download(url: str, path: Path, dims: tuple[int, int]) -> None:
-    """Fetch ``url`` into ``path``, which appears only once it is whole and fits ``dims``. Raises OSError, InputError."""
-    import pooch
-
-    def look_up() -> None:
-        with contextlib.suppress(OSError):  # the download meets it again
-            socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
-
-    def fetch(url: str, part: str, _: object) -> None:
-        thread = threading.Thread(target=look_up, daemon=True)  # looking up a host has no time-out of its own
-        thread.start()
-        thread.join(NETWORK_TIMEOUT)
-        if thread.is_alive():
-            raise OSError(f"no answer from the name server within {NETWORK_TIMEOUT:g} s")
-        options: dict[str, Any] = {"progressbar": sys.stderr.isatty(), "chunk_size": 1 << 20}
-        pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, **options)(url, part, None)
-        read_rows(part, dims)
-
-    pooch.get_logger().setLevel("WARNING")
-    pooch.retrieve(url, None, path.name, path.parent, downloader=fetch)
-
-
 # ---------------------------------------------------------------------------------------------- evaluation
-def make_environment(env_id: str, render_mode: str | None = None) -> Any:
-    """The gymnasium environment ``env_id``. Raises InputError if there is none of that name or it does not fit."""
-    import gymnasium
-    import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
-
-    try:
-        env: Any = gymnasium.make(env_id, render_mode=render_mode)
-    except gymnasium.error.Error as error:
-        raise InputError(f"env_id is {env_id}, which gymnasium cannot make: {error}") from error
-    s, a = env.observation_space, env.action_space
-    vectors = all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 for space in (s, a))
-    if not (vectors and (a.low == -1).all() and (a.high == 1).all()):
-        raise InputError(
-            f"env_id is {env_id}, but CIQL needs vectors, and actions in [-1, 1]; use gymnasium's wrappers"
-        )
-    return env
-
-
-def describe_environment(env_id: str) -> tuple[tuple[int, int], int]:
-    """((observation_dim, action_dim), max_episode_steps) of ``env_id``."""
-    env = make_environment(env_id)
-    return (env.observation_space.shape[0], env.action_space.shape[0]), env.spec.max_episode_steps or sys.maxsize
-
-
 def play_episode(policy: bytes, env_id: str, seed: int, film: Path | None = None) -> float:
     """The undiscounted return of one episode: a pure function of the (pickled) policy, environment and seed.
 
     ``film`` is written as an animated GIF of its first 600 steps, in real time, headless.
     """
+    import gymnasium
+    import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
     from PIL import Image
 
     actor: GaussianPolicy = pickle.loads(policy)
-    env = make_environment(env_id, "rgb_array" if film else None)  # afresh (20 ms): no episode depends on earlier ones
+    # afresh (20 ms), so that no episode depends on the ones before it
+    env: Any = gymnasium.make(env_id, render_mode="rgb_array" if film else None)
     env.reset(seed=seed)  # the first episode of an environment is off by a constant: reset and throw it away
     observation, _ = env.reset(seed=seed)
     total, frames = 0.0, []
@@ -637,35 +594,28 @@ class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
     """Worker processes for episodes, one core each. The simulator lives in them alone, and so does what it prints."""
 
     def __init__(self, config: Config) -> None:
-        workers = min(config.eval_episodes, torch.get_num_threads())
+        self.config, workers = config, min(config.eval_episodes, torch.get_num_threads())
         super().__init__(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-        self.config = config
-
-    def describe(self) -> concurrent.futures.Future[tuple[tuple[int, int], int]]:
-        """Start the workers; what comes is the description of the environment."""
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # which they inherit
-        description = self.submit(describe_environment, self.config.environment)
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # which the workers inherit
+        self.submit(os.getpid)  # starts them
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-        return description
 
     def play(self, policy: GaussianPolicy, step: int, film: Path | None = None) -> dict[str, float]:
         """Evaluate ``policy`` as it is after ``step``, print a line, and return the evaluation's columns of metrics.csv.
 
         The seeds of the episodes are new ones at each step, and the same ones in every run of a seed.
         """
-        config, actor = self.config, pickle.dumps(copy.deepcopy(policy).cpu())
-        seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.eval_episodes).tolist()
-        returns = list(self.map(functools.partial(play_episode, actor, config.environment), seeds))
-        row = {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
-        line = f"step {step:>9,}  return {row['return_mean']:.1f} ± {row['return_std']:.1f} over {len(seeds)} episodes"
-        if config.robot:
-            row["score"] = config.robot.score(row["return_mean"])
-            line += f"  score {row['score']:.1f}"
-        say(line)
+        seeds = np.random.SeedSequence([self.config.seed, step]).generate_state(self.config.eval_episodes).tolist()
+        episode = functools.partial(play_episode, pickle.dumps(copy.deepcopy(policy).cpu()), self.config.robot.env_id)
+        returns = list(self.map(episode, seeds))
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        score = self.config.robot.score(mean)
+        say(f"step {step:>9,}  return {mean:.1f} ± {std:.1f} over {len(seeds)} episodes  score {score:.1f}")
         if film:
-            self.submit(play_episode, actor, config.environment, seeds[0], film).result()
+            self.submit(episode, seeds[0], film).result()
             say(f"film   {film}")
-        return row | {f"return_{n}": value for n, value in enumerate(returns, start=1)}
+        columns = {f"return_{n}": value for n, value in enumerate(returns, start=1)}
+        return {"return_mean": mean, "return_std": std, "score": score} | columns
 
 
 def start_worker() -> None:
@@ -676,7 +626,7 @@ def start_worker() -> None:
     os.dup2(nowhere, 2)
 
     def follow_parent() -> None:
-        cast(multiprocessing.Process, multiprocessing.parent_process()).join()
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -710,13 +660,20 @@ class Run:
         self.config, self.agent, self.step = config, agent, 0
         self.rows: list[dict[str, float]] = []  # of metrics.csv: one a log line or evaluation
         self.sums, self.count = [torch.zeros((), device=agent.device) for _ in METRICS], 0  # since the last log line
+        if checkpoint:
+            self.step, self.rows, self.count = checkpoint["step"], checkpoint["rows"], checkpoint["meter"]["count"]
+            torch._foreach_copy_(self.sums, checkpoint["meter"]["sums"])
+            agent.load_state_dict(checkpoint["agent"])
+            torch.set_rng_state(checkpoint["random_state"])
+            if not agent.on_cpu:
+                torch.cuda.set_rng_state_all(checkpoint["cuda_random_states"])
         start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
         self.folder = config.resume or config.out_dir / f"{Path(config.dataset).stem}-seed{config.seed}-{start}"
-        if checkpoint:
-            self.restore(checkpoint)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out_dir is {config.out_dir}, which cannot be written ({error.strerror})") from error
         write_whole(self.folder / "config.json", SETTINGS.dump_json(config, indent=2))
-        self.write_metrics()
         settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
         if config.wandb_project:
             import wandb
@@ -731,16 +688,13 @@ class Run:
         for summary in hparams(settings, {"evaluation/return_mean": 0.0}):
             self.board._get_file_writer().add_summary(summary)
 
-    def write_metrics(self) -> None:
-        episodes = (f"return_{n}" for n in range(1, self.config.eval_episodes + 1))
-        columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
-        lines = [",".join(str(row.get(name, "")) for name in columns) for row in self.rows]
-        write_whole(self.folder / "metrics.csv", "\n".join([",".join(columns), *lines, ""]).encode())
-
     def record(self, row: dict[str, float]) -> None:
         """Add a row to metrics.csv and TensorBoard."""
         self.rows.append({"step": self.step} | row)
-        self.write_metrics()
+        episodes = (f"return_{n}" for n in range(1, self.config.eval_episodes + 1))
+        columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
+        lines = [columns, *([str(row.get(name, "")) for name in columns] for row in self.rows)]
+        write_whole(self.folder / "metrics.csv", "".join(",".join(line) + "\n" for line in lines).encode())
         for name, value in row.items():
             group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
             self.board.add_scalar(f"{group}/{name}", value, self.step)
@@ -751,51 +705,41 @@ class Run:
         torch._foreach_add_(self.sums, list(metrics.values()))
         self.step, self.count = self.step + 1, self.count + 1
 
-    def means(self) -> dict[str, float]:
-        """Of the metrics since the last log line. Raises FloatingPointError if one, or a weight, is not finite."""
-        figures = dict(zip(METRICS, (torch.stack(self.sums) / self.count).tolist(), strict=True))
-        figures["a weight"] = float(sum(parameter.detach().sum() for parameter in self.agent.parameters))
-        for name, figure in figures.items():
-            if not math.isfinite(figure):
-                span = f"within the {self.count} steps up to step {self.step:,}"
-                raise FloatingPointError(f"{name} became {figure} {span}; lower lr")
-        return {name: figures[name] for name in METRICS}
-
     def log(self, steps_per_second: float) -> dict[str, float]:
-        """Print the mean losses since the last log line; returns their columns of metrics.csv."""
-        row = self.means() | {"steps_per_second": steps_per_second}
+        """Print the mean losses since the last log line, and start anew; returns their columns of metrics.csv."""
+        self.check_finite()
+        row = dict(zip(METRICS, (torch.stack(self.sums) / self.count).tolist(), strict=True))
         losses = f"V {row['value_loss']:.4f}  Q {row['q_loss']:.4f}  policy {row['policy_loss']:.3f}"
         values = f"penalty {row['penalty']:.4f}  mean Q {row['q']:.2f}  {steps_per_second:.0f} steps/s"
         say(f"step {self.step:>9,}  {losses}  {values}")
         torch._foreach_zero_(self.sums)
         self.count = 0
-        return row
+        return row | {"steps_per_second": steps_per_second}
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a loss since the last log line, or a weight, is NaN or infinite."""
+        bad = [name for name, total in zip(METRICS, self.sums, strict=True) if not total.isfinite()]
+        bad += [] if all(p.isfinite().all() for p in self.agent.parameters) else ["a weight"]
+        if bad:
+            span = f"within the {self.count} steps up to step {self.step:,}"
+            raise FloatingPointError(f"{bad[0]} became NaN or infinite {span}; lower lr")
 
     def save(self, checksum: int) -> None:
         """Write checkpoint.pt: all that the steps to come depend on."""
-        if self.count:
-            self.means()
+        self.check_finite()
         checkpoint = {
             "config": SETTINGS.dump_json(self.config).decode(),
             "step": self.step,
+            "rows": self.rows,
             "agent": self.agent.state_dict(),
+            "meter": {"sums": self.sums, "count": self.count},
             "random_state": torch.get_rng_state(),
             "cuda_random_states": [] if self.agent.on_cpu else torch.cuda.get_rng_state_all(),
-            "meter": {"sums": self.sums, "count": self.count},
-            "rows": self.rows,
             "checksum": checksum,
         }
         content = io.BytesIO()  # torch.save to a full disk raises anything
         torch.save(checkpoint, content)
         write_whole(self.folder / "checkpoint.pt", content.getvalue())
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        self.step, self.rows, self.count = checkpoint["step"], checkpoint["rows"], checkpoint["meter"]["count"]
-        torch._foreach_copy_(self.sums, checkpoint["meter"]["sums"])
-        self.agent.load_state_dict(checkpoint["agent"])
-        torch.set_rng_state(checkpoint["random_state"])
-        if not self.agent.on_cpu:
-            torch.cuda.set_rng_state_all(checkpoint["cuda_random_states"])
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -851,13 +795,12 @@ def draw(config: Config, rows: Sequence[dict[str, float]], data_returns: np.ndar
     write_whole(config.plot, content.getvalue())
 
 
-def draw_references(axes: Any, robot: Robot | None, data_returns: np.ndarray) -> None:
+def draw_references(axes: Any, robot: Robot, data_returns: np.ndarray) -> None:
     """Dress axes of returns against steps: the returns of data set, random and expert policy, the score at the right."""
-    references = {"data set": (np.mean(data_returns), "C3", "--")} if len(data_returns) else {}
-    if robot:
-        references |= {"random": (robot.random_return, "C2", ":"), "expert": (robot.expert_return, "C4", "-.")}
-        unscore = np.poly1d([(robot.expert_return - robot.random_return) / 100, robot.random_return])
-        axes.secondary_yaxis("right", functions=(robot.score, unscore)).set_ylabel("normalised score")
+    references = {"random": (robot.random_return, "C2", ":"), "expert": (robot.expert_return, "C4", "-.")}
+    references |= {"data set": (np.mean(data_returns), "C3", "--")} if len(data_returns) else {}
+    unscore = np.poly1d([(robot.expert_return - robot.random_return) / 100, robot.random_return])
+    axes.secondary_yaxis("right", functions=(robot.score, unscore)).set_ylabel("normalised score")
     for name, (value, colour, style) in references.items():
         axes.axhline(value, color=colour, linestyle=style, label=f"{name}, {value:.0f}")
     axes.set(xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
@@ -875,14 +818,19 @@ def check_run(config: Config, checkpoint: dict[str, Any] | None) -> None:
     for name, folder in {"plot": config.plot.parent, "out_dir": there}.items():
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise InputError(f"{name} is {getattr(config, name)}, but {folder} is no folder that can be written")
-    if config.wandb_project and not importlib.util.find_spec("wandb"):
-        raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
+    if config.wandb_project:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise InputError("wandb_project is set, but wandb is not installed; pip install wandb") from error
     find_device(config.device)
     if checkpoint:
         saved, now = dataclasses.asdict(SETTINGS.validate_json(checkpoint["config"])), dataclasses.asdict(config)
-        free = ("plot", "out_dir", "resume", "evaluate", "max_steps", "threads", "film", "wandb_project")
-        changes = [f"{name} {now[name]} (was {saved[name]})" for name in now if saved[name] != now[name]]
-        if changes := [change for change in changes if not change.startswith(free)]:
+        free = {"plot", "out_dir", "resume", "evaluate", "max_steps", "threads", "film", "wandb_project"}
+        changes = [
+            f"{name} {now[name]} (was {saved[name]})" for name in now if name not in free and saved[name] != now[name]
+        ]
+        if changes:
             raise InputError(f"{config.resume} was trained with other settings; resume without {', '.join(changes)}")
         if config.max_steps < (step := checkpoint["step"]):
             raise InputError(f"max_steps is {config.max_steps}, but {config.resume} is at step {step}; raise it")
@@ -899,22 +847,24 @@ def find_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Context in which SIGINT and SIGTERM only join the list it gives; a second one ends the process at once."""
+    """Context in which SIGINT and SIGTERM only join the list it gives; a second one acts as ever."""
     caught: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         caught.append(number)
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
+        restore()
         say(f"{signal.Signals(number).name}: finishing the step, then saving; once more stops at once")
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     is_main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be caught
     handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
     try:
         yield caught
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore()
 
 
 Report = Callable[[dict[str, float], Path], object]
@@ -931,15 +881,13 @@ def train(config: Config, report: Report | None = None) -> tuple[np.ndarray, np.
     checkpoint = load_checkpoint(config.resume) if config.resume else None
     check_run(config, checkpoint)
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    data, returns, note = load_dataset(config)
+    checksum = zlib.crc32(data.rewards.numpy().data, zlib.crc32(data.actions.numpy().data))
+    if checkpoint and checkpoint["checksum"] != checksum:
+        raise InputError(f"{config.dataset} is not the data that {config.resume} was trained on; put that back")
     with EvaluationPool(config) as pool, stop_signals() as stop:
-        dims, limit = (config.robot.dims, 1000) if config.robot else pool.describe().result()
-        data, returns, note = load_dataset(config, dims, limit)
-        checksum = zlib.crc32(data.rewards.numpy().data, zlib.crc32(data.actions.numpy().data))
-        if checkpoint and checkpoint["checksum"] != checksum:
-            raise InputError(f"{config.dataset} is not the data that {config.resume} was trained on; put that back")
-        pool.describe()  # starts the workers while we go on
         torch.manual_seed(config.seed)
-        agent = CIQL(*dims, config)
+        agent = CIQL(*config.robot.dims, config)
         data = agent.prepare(data)
         run = Run(config, agent, checkpoint)
         where = f"{torch.get_num_threads()} threads" if agent.on_cpu else torch.cuda.get_device_name(agent.device)
@@ -979,17 +927,17 @@ def train(config: Config, report: Report | None = None) -> tuple[np.ndarray, np.
 
 def summarize(run: Run, seconds: float) -> None:
     """Print what came out of the run and what to do with it."""
-    steps, returns = evaluations(run.rows)
-    means, robot = returns.mean(1), run.config.robot
-    last, best = means[-10:], int(means.argmax())
-    score, last_score = (f", score {robot.score(value):.1f}" if robot else "" for value in (means[-1], last.mean()))
-    say(f"final  return {means[-1]:.1f} ± {returns[-1].std():.1f} over {returns.shape[1]} episodes{score}")
-    say(f"       {last.mean():.1f} is the mean of the last {len(last)} evaluations{last_score}")
+    (steps, returns), score = evaluations(run.rows), run.config.robot.score
+    means, best = returns.mean(1), int(returns.mean(1).argmax())
+    last = means[-10:].mean()
+    say(
+        f"final  return {means[-1]:.1f} ± {returns[-1].std():.1f} over {returns.shape[1]} episodes, score {score(means[-1]):.1f}"
+    )
+    say(f"       {last:.1f} is the mean of the last {len(means[-10:])} evaluations, score {score(last):.1f}")
     say(f"       {means[best]:.1f} at step {steps[best]:,} was the best of {len(means)}: picked by luck, not a result")
     say(f"took   {seconds / 60:.1f} minutes")
     say(f"wrote  {run.config.plot} and {run.folder} (settings, metrics, TensorBoard events, checkpoint)")
-    say(f"next   --resume {run.folder} --max-steps {2 * run.config.max_steps}")
-    say(f"       --evaluate {run.folder} --film")
+    say(f"next   --resume {run.folder} --max-steps {2 * run.config.max_steps}, or --evaluate {run.folder} --film")
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -1006,8 +954,11 @@ def parse(arguments: Sequence[str], default: Config | None = None) -> Config:
             raise
         lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]  # in a box, the cause first
         cause = " ".join(itertools.takewhile(lambda line: line[:3] not in ("───", "╰──", "For"), lines))
-        cause = re.sub(r" \[type=\w+, input_value=(.*), input_type.*", r", not \1", cause)
-        raise InputError(f"{cause.split('Config ')[-1]}; --help lists the settings") from stop
+        cause = re.sub(r".*Config (Value error, )?", "", cause).replace("Input should", "must")
+        cause = re.sub(r" \[type=(?!value_error)\w+, input_value=(.*), input_type.*", r", not \1", cause).split(
+            " [type="
+        )[0]
+        raise InputError(f"{cause}; --help lists the settings") from stop
     folder = config.resume or config.evaluate
     if not folder or default:
         return config

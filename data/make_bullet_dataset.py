@@ -36,7 +36,6 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 # of a robot: its environment, and the return of a training episode that ends learning
 ROBOTS = {
     "halfcheetah": ("HalfCheetahBulletEnv-v0", 800.0),
@@ -90,10 +89,12 @@ class Rows:
             "rewards": rewards[:, None],
             "terminals": terminals[:, None],
         }
-        with h5py.File(path, "w") as file:
+        part = path.with_suffix(".part")  # a file of that name is whole
+        with h5py.File(part, "w") as file:
             file.attrs["source"] = source
             for key, values in stored.items():
                 file.create_dataset(key, data=values, compression="gzip", shuffle=True)
+        part.rename(path)
         episodes = f"{len(self.returns)} episodes, return {np.mean(self.returns):.1f} ± {np.std(self.returns):.1f}"
         print(f"{path}: {len(rewards)} rows, {episodes}", flush=True)
 
@@ -169,23 +170,26 @@ def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float) -> Rows:
     observation, _ = env.reset(seed=recipe.seed)
     steps, observation_dim, action_dim = recipe.max_steps, observation.size, sac.action_dim
     buffer = [torch.zeros(steps, *shape) for shape in ((observation_dim,), (action_dim,), (), (observation_dim,), ())]
-    for t in range(recipe.max_steps):
+    t = 0
+    while True:
+        if t == steps:
+            stop(f"no episode returned {level:g} within {steps:,} steps; lower --level")
         action = sac.act(observation, deterministic=False)
         next_observation, reward, terminated, truncated = replay.step(env, observation, action)
         for column, value in zip(buffer, (observation, action, reward, next_observation, terminated), strict=True):
             column[t] = torch.as_tensor(value)
         observation = next_observation
-        if t > 100:
-            index = torch.randint(t + 1, (100,))
+        t += 1
+        if t > 101:
+            index = torch.randint(t, (100,))
             sac.update(*(column[index] for column in buffer))
         if terminated or truncated:
             if len(replay.returns) % 10 == 0:
-                rate = (t + 1) / (time.time() - start)
-                print(f"step {t + 1:,}  return {replay.returns[-1]:.1f}  {rate:.0f} steps/s", flush=True)
+                rate = t / (time.time() - start)
+                print(f"step {t:,}  return {replay.returns[-1]:.1f}  {rate:.0f} steps/s", flush=True)
             if replay.returns[-1] >= level:
                 return replay
             observation, _ = env.reset()
-    stop(f"no episode returned {level:g} within {recipe.max_steps:,} steps; lower --level")
 
 
 def collect(recipe: Recipe, env: gymnasium.Env, sac: SAC, deterministic: bool, seed: int) -> Rows:

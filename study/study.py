@@ -120,7 +120,7 @@ def start_ray(own: argparse.Namespace) -> None:
     local: dict[str, Any] = {} if own.ray_address else {"include_dashboard": False}
     modules = {"py_modules": [str(Path(ciql.__file__))]}
     try:
-        ray.init(own.ray_address or "local", runtime_env=modules, log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(own.ray_address or "local", runtime_env=modules, log_to_driver=False, logging_level=40, **local)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         remedy = "start it (ray start --head), or set its token" if own.ray_address else "pip install -U ray"
         cause = " ".join(str(error).split())[:150]
@@ -140,7 +140,7 @@ def run_study(own: argparse.Namespace, runs: list[dict[str, Any]]) -> Any:
         ciql.check_run(dataclasses.replace(config, out_dir=folder), None)
         if config.dataset not in files:
             files[config.dataset] = ciql.find_dataset(config.dataset)
-            rows, _ = ciql.read_rows(files[config.dataset], config.robot.dims if config.robot else None)
+            rows, _ = ciql.read_rows(files[config.dataset], config.robot.dims)
             returns = ciql.episode_returns(rows)
         run |= {"file": str(files[config.dataset]), "data_return": float(returns.mean()) if len(returns) else None}
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,11 +193,10 @@ def write_results(folder: Path, results: Any) -> None:
             row["step"] = int(curve["step"].iloc[-1])
             if row["step"] == config.max_steps:
                 row |= {"state": "complete", "final_return": curve["return_mean"].iloc[-LAST:].mean()}
-                if config.robot:
-                    row["score"] = config.robot.score(row["final_return"])
+                row["score"] = config.robot.score(row["final_return"])
         if failure or (result.error and row["state"] != "complete"):
             row |= {"state": "failed", "error": failure or " ".join(str(result.error).split())[-300:]}
-        summary.append(row | {"data_return": run["data_return"], "env_id": config.environment})
+        summary.append(row | {"data_return": run["data_return"], "env_id": config.robot.env_id})
     columns = ["dataset", "label", *run["varied"], "seed", "state", "step", "final_return", "score", "data_return"]
     pd.DataFrame(summary, columns=[*columns, "env_id", "folder", "error"]).to_csv(folder / "summary.csv", index=False)
     pd.DataFrame(curves).to_csv(folder / "curves.csv", index=False)
@@ -238,7 +237,7 @@ def summarize(folder: Path) -> None:
         raise InputError(f"{folder} cannot be summarised ({error}); name the folder of a study with results") from error
     complete = summary[summary["state"] == "complete"]
     tables = {f"{name}, return": {name: part} for name, part in complete.groupby("dataset", sort=False)}
-    scored = {name: part for name, part in complete.dropna(subset="score").groupby("dataset", sort=False)}
+    scored = {name: part for name, part in complete.groupby("dataset", sort=False)}
     if len(scored) > 1:
         tables["all data sets, score"] = scored
     for title, parts in tables.items():
@@ -286,7 +285,7 @@ def draw_curves(folder: Path, complete: pd.DataFrame, curves: pd.DataFrame) -> N
             mean, low, high = with_interval([returns.to_numpy()])
             axes.plot(returns.columns, mean, color=f"C{n}", label=f"{label}, {len(returns)} seeds")
             axes.fill_between(returns.columns, low, high, color=f"C{n}", alpha=0.2, lw=0)
-        robot = next((r for r in ciql.ROBOTS.values() if r.env_id == part["env_id"].iloc[0]), None)
+        robot = next(robot for robot in ciql.ROBOTS.values() if robot.env_id == part["env_id"].iloc[0])
         ciql.draw_references(axes, robot, part["data_return"].dropna().to_numpy())
         axes.set_title(dataset, fontsize="medium")
     figure.savefig(folder / "study_returns.png", dpi=100)

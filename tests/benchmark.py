@@ -214,14 +214,14 @@ def evaluation_times(rounds):
     """Seconds of 5 episodes, in one worker process and in one a core."""
     policy = CIQL(S, A, Config(device="cpu")).policy
     threads, times = torch.get_num_threads(), {1: [], torch.get_num_threads(): []}
-    for workers in times:
+    for workers, seconds in times.items():
         torch.set_num_threads(workers)
         with EvaluationPool(Config()) as pool, contextlib.redirect_stdout(io.StringIO()):
             pool.play(policy, 0)
             for step in range(1, rounds + 1):
                 start = time.perf_counter()
                 pool.play(policy, step)
-                times[workers].append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
     return {f"{workers} worker{'s' * (workers > 1)}": statistics.median(values) for workers, values in times.items()}
 

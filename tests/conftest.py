@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "ciql_pybullet.py"
+SAMPLE_ID = "halfcheetah-bullet-medium-v0"
+SAMPLE = ROOT / "data" / "halfcheetah-bullet-medium-sample.hdf5"
 sys.path.insert(0, str(ROOT))
 
 import ciql_pybullet

@@ -1,11 +1,12 @@
 """Reading of the data format, on files the tests write."""
 
 import numpy as np
+import pooch
 import pytest
-from conftest import episode, write_file
+from conftest import SAMPLE, SAMPLE_ID, episode, write_file
 
 import ciql_pybullet
-from ciql_pybullet import SAMPLE, SAMPLE_ID, InputError, episode_returns, find_dataset, read_transitions
+from ciql_pybullet import InputError, episode_returns, find_dataset, read_rows, read_transitions
 
 
 @pytest.mark.parametrize("two_dimensional", [False, True])
@@ -26,7 +27,7 @@ def test_every_number(tmp_path, two_dimensional):
     shapes = [tuple(column.shape) for column in t]
     assert shapes == [(7, 2), (7, 1), (7,), (7, 2), (7,)]
     assert {str(column.dtype) for column in t} == {"torch.float32"}
-    assert episode_returns(path).tolist() == [1011 + 1012, 1021 + 1022 + 1023]
+    assert episode_returns(read_rows(path)[0]).tolist() == [1011 + 1012, 1021 + 1022 + 1023]
 
 
 def test_time_limit_decides_what_terminates(tmp_path):
@@ -41,7 +42,7 @@ def test_first_row_of_the_next_episode_lends_no_reward(tmp_path):
     two["rewards"][0] = 777
     path = write_file(tmp_path / "data.hdf5", one, two)
     assert 777 not in read_transitions(path).rewards.tolist()
-    assert episode_returns(path).tolist() == [1011 + 1012, 1021 + 1022]
+    assert episode_returns(read_rows(path)[0]).tolist() == [1011 + 1012, 1021 + 1022]
 
 
 def test_float64_and_compressed_files(tmp_path):
@@ -56,7 +57,7 @@ def test_float64_and_compressed_files(tmp_path):
 
 def test_embedded_sample():
     t = read_transitions(SAMPLE)
-    returns = episode_returns(SAMPLE)
+    returns = episode_returns(read_rows(SAMPLE)[0])
     assert t.observations.shape == (100_000, 26)
     assert t.actions.shape == (100_000, 6)
     assert t.terminations.sum() == 0  # the cheetah never falls
@@ -72,11 +73,11 @@ def offline(monkeypatch):
     """The published addresses cannot be reached; returns the list of those that were asked for."""
     asked = []
 
-    def refuse(url):
+    def refuse(self, url, part, pooch):
         asked.append(url)
         raise OSError("no route to host")
 
-    monkeypatch.setattr(ciql_pybullet, "open_url", refuse)
+    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", refuse)
     return asked
 
 
@@ -101,17 +102,19 @@ def test_the_default_cache_is_d4rl_pybullets(tmp_path, monkeypatch, offline):
     assert find_dataset("ant-bullet-mixed-v0") == cached
 
 
-def test_the_sample_stands_in_for_its_own_id_alone(tmp_path, offline, capsys):
-    assert find_dataset(SAMPLE_ID) == SAMPLE
-    assert "no route to host" in capsys.readouterr().out
-    others = [name for name in ciql_pybullet.DOWNLOAD_URLS if name != SAMPLE_ID]
-    assert len(others) == 11
+def test_the_samples_stand_in_for_their_own_ids_alone(tmp_path, offline, capsys):
+    samples = {path.name.replace("-sample.hdf5", "-v0"): path for path in SAMPLE.parent.glob("*-sample.hdf5")}
+    assert samples[SAMPLE_ID] == SAMPLE
+    for name, path in samples.items():
+        assert find_dataset(name) == path
+        assert "no route to host" in capsys.readouterr().out
+    others = [name for name in ciql_pybullet.DOWNLOAD_URLS if name not in samples]
+    assert len(others) == 12 - len(samples)
     for name in others:
         with pytest.raises(InputError) as error:
             find_dataset(name)
         url, place = ciql_pybullet.DOWNLOAD_URLS[name], tmp_path / "cache" / f"{name}.hdf5"
         assert f"download {url} and put it at {place}" in str(error.value)
-    assert offline == list(ciql_pybullet.DOWNLOAD_URLS.values()) or set(offline) == set(
-        ciql_pybullet.DOWNLOAD_URLS.values()
-    )
-    assert not (tmp_path / "cache").exists()
+        assert f"python data/make_bullet_dataset.py --id {name}" in str(error.value)
+    assert set(offline) == set(ciql_pybullet.DOWNLOAD_URLS.values())
+    assert not list(tmp_path.glob("cache/*")) and not list(tmp_path.glob("cache/.*"))

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SCRIPT, hopper_file, run_main
 
 import ciql_pybullet
-from ciql_pybullet import Config, load_checkpoint, load_policy
+from ciql_pybullet import CIQL, Config, load_checkpoint, load_policy
 
 SMALL = ["--device", "cpu", "--no-compile", "--hidden-sizes", "8", "8", "--batch-size", "16", "--eval-episodes", "2"]
 HOPPER = ["--dataset", "data.hdf5", "--env-id", "HopperBulletEnv-v0", *SMALL]
@@ -54,7 +54,7 @@ def test_300_steps(start, tmp_path):
     assert "argv[0]" not in out and "pybullet build time" not in out
     assert "halfcheetah-bullet-medium-sample.hdf5: 100,100 rows, 100 episodes, mean return 861.8 ± 90.6\n" in out
     assert "100,000 transitions, 0 of them terminations\n" in out
-    assert "NOTE   this is the embedded sample" in out
+    assert "NOTE   this is not the published halfcheetah-bullet-medium-v0, but re-collected after" in out
     number = r"-?\d+\.\d+"
     losses = rf"step +\d+  V {number}  Q {number}  policy {number}  penalty {number}  mean Q {number}  \d+ steps/s"
     evaluation = rf"step +\d+  return {number} ± {number} over 2 episodes  score {number}"
@@ -85,8 +85,11 @@ def test_train_can_be_called(tmp_path, capsys):
         dataset="data.hdf5", env_id="HopperBulletEnv-v0", device="cpu", compile=False, hidden_sizes=(8,),
         max_steps=50, eval_interval=20, eval_episodes=3, log_interval=10,
     )  # fmt: skip
-    steps, returns = ciql_pybullet.train(config)
+    reported = []
+    steps, returns = ciql_pybullet.train(config, lambda row, folder: reported.append((row, load_checkpoint(folder))))
     assert steps.tolist() == [20, 40, 50]
+    assert [row["step"] for row, _ in reported] == [checkpoint["step"] for _, checkpoint in reported] == [20, 40, 50]
+    assert np.allclose([row["return_mean"] for row, _ in reported], returns.mean(1))
     assert returns.shape == (3, 3)
     again = ciql_pybullet.train(config)
     assert np.array_equal(again[1], returns)
@@ -113,20 +116,21 @@ def test_importing_has_no_side_effects(tmp_path):
 
 def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(ciql_pybullet.time, "strftime", lambda form: "now")
-    folders = [ciql_pybullet.RunFolder.create(Config(out_dir=tmp_path / "runs")).path.name for _ in range(3)]
-    assert folders == [f"halfcheetah-bullet-medium-v0-seed0-now{suffix}" for suffix in ("", "-2", "-3")]
+    config = Config(out_dir=tmp_path / "runs", device="cpu", hidden_sizes=(4,))
+    agent = CIQL(26, 6, config)
+    folders = {ciql_pybullet.Run(config, agent, None).folder.name for _ in range(3)}
+    assert len(folders) == 3 and all(name.startswith("halfcheetah-bullet-medium-v0-seed0-now-") for name in folders)
 
 
 # ---------------------------------------------------------------------------------------------- resuming
 
 
 def test_settings_of_an_older_run_can_be_read():
-    """A setting that the run's version did not have takes its default."""
+    """A setting that the run's version did not have takes its default, one that is gone is left out."""
     config = Config(tau=0.9, hidden_sizes=(8, 9), plot=Path("p.png"))
-    values = json.loads(ciql_pybullet.settings_to_json(config))
-    for name in ("threads", "seeds", "datasets", "study", "ray_address", "gpu_share"):
-        del values[name]
-    assert ciql_pybullet.settings_from_json(json.dumps(values)) == config
+    values = json.loads(ciql_pybullet.SETTINGS.dump_json(config)) | {"seeds": [], "ray_address": None}
+    del values["threads"]
+    assert ciql_pybullet.SETTINGS.validate_json(json.dumps(values)) == config
 
 
 LONG = [*HOPPER, "--eval-episodes", "1", "--max-steps", "600", "--eval-interval", "100", "--log-interval", "35"]
