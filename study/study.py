@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,8 @@ def trial(space: dict[str, Any]) -> None:
     run = space["run"]
     config = ciql.SETTINGS.validate_json(run["settings"])
     if config.dataset in ciql.DOWNLOAD_URLS and Path(run["file"]).exists():  # no run looks for its file again
-        link = Path("data", f"{config.dataset}.hdf5").absolute()
-        link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(run["file"])
-        os.environ["D4RL_DATASET_DIR"] = str(link.parent)
+        os.environ["D4RL_DATASET_DIR"] = cache = tempfile.mkdtemp(prefix="ciql-")
+        Path(cache, f"{config.dataset}.hdf5").symlink_to(run["file"])
     shutil.rmtree("runs", ignore_errors=True)  # of an attempt that died
     if checkpoint := tune.get_checkpoint():
         checkpoint.to_directory("runs")
@@ -166,7 +164,8 @@ def run_study(own: argparse.Namespace, runs: list[dict[str, Any]]) -> Any:
                 param_space={"run": tune.grid_search(runs)},
                 tune_config=tune.TuneConfig(trial_name_creator=trial_name, trial_dirname_creator=trial_name),
                 run_config=tune.RunConfig(
-                    name="tune", storage_path=storage, log_to_file=True, verbose=1,
+                    name="tune", storage_path=storage, log_to_file="log.txt", verbose=1,
+                    sync_config=tune.SyncConfig(sync_artifacts=True),
                     failure_config=tune.FailureConfig(max_failures=RETRIES),
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 ),
@@ -184,12 +183,12 @@ def write_results(folder: Path, results: Any) -> None:
         run, frame = result.config["run"], result.metrics_dataframe
         config = ciql.SETTINGS.validate_json(run["settings"])
         frame = pd.DataFrame() if frame is None else frame
-        failure = frame["failure"].dropna().iloc[-1] if "failure" in frame else ""
+        failure = (result.metrics or {}).get("failure", "")
         own = {"dataset": run["dataset"], "label": run["label"], **run["varied"], "seed": run["seed"]}
         row: dict[str, Any] = {**own, "state": "incomplete", "step": 0, "folder": run["name"]}
         if "return_mean" in frame:
             curve = frame.dropna(subset="return_mean").drop_duplicates("step", keep="last")
-            curves += [own | point for point in curve[CURVE].to_dict("records")]
+            curves += [own | point for point in curve.reindex(columns=CURVE).to_dict("records")]
             row["step"] = int(curve["step"].iloc[-1])
             if row["step"] == config.max_steps:
                 row |= {"state": "complete", "final_return": curve["return_mean"].iloc[-LAST:].mean()}

@@ -49,13 +49,16 @@ def hopper_file(path, **replaced):
     return write_file(path, *episodes, **replaced)
 
 
-def run_main(monkeypatch, capsys, arguments):
-    """Run the command line in this process: its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["ciql_pybullet.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        ciql_pybullet.main()
+def run_main(monkeypatch, capsys, arguments, main=ciql_pybullet.main):
+    """Run a command line in this process: its exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
     captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
+    return code, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Studies: seeds and data sets in one command, their statistics, and a cluster that loses a node."""
+"""Studies: what runs they are made of, their statistics, and a cluster that loses a node."""
 
 import contextlib
 import csv
@@ -14,12 +14,14 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import SCRIPT, hopper_file, run_main
-from test_run import children_of, metrics, run_folder
+from conftest import ROOT, SAMPLE_ID, hopper_file, run_main
+from test_run import children_of, metrics
 
-import ciql_pybullet
-from ciql_pybullet import Config, Run, Study, iqm, with_interval
+sys.path.insert(0, str(ROOT / "study"))
+import study
+from study import iqm, with_interval
 
 TINY = ["--device", "cpu", "--no-compile", "--hidden-sizes", "8", "--batch-size", "16", "--eval-episodes", "1"]
 HOPPER = ["--env-id", "HopperBulletEnv-v0", "--threads", "1", *TINY]
@@ -66,91 +68,128 @@ def test_one_seed_has_no_interval():
     assert value == 3 and np.isnan(low) and np.isnan(high)
 
 
-def test_final_return_is_the_mean_of_the_last_ten_evaluations():
-    study, run = object.__new__(Study), Run(Config(), Path("run"), Path("data"))
-    returns = np.arange(12.0) ** 2
-    study.curves = {run: (np.arange(12), returns)}
-    value = sum(n * n for n in range(2, 12)) / 10
-    assert study.final(run) == pytest.approx((value, 100 * (value + 1304) / 4304))
-
-
-# ------------------------------------------------------------------------------------ without Ray, and again
-
-
 def rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_without_ray_one_after_the_other(monkeypatch, capsys, tmp_path):
-    """A failing run does not stop the others; the same command again does what is left, to the bits of single runs."""
-    hopper_file(tmp_path / "good.hdf5")
-    hopper_file(tmp_path / "bad.hdf5", rewards=np.full(132, 1e30))  # whose squares are infinite
-    monkeypatch.setitem(sys.modules, "ray", None)
-    short = [*HOPPER, "--eval-interval", "20", "--log-interval", "5"]
-    command = [*short, "--datasets", "bad.hdf5", "good.hdf5", "--seeds", "0", "1", "--study", "s"]
-
-    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "20"])
-    assert (code, err) == (1, "")
-    assert "NOTE   ray is not installed" in out
-    last = out[out.index("return: mean") :]
-    for seed in (0, 1):
-        assert f"FAILED bad-seed{seed}: q_loss became inf within the 5 steps up to step 5; lower lr" in last
-    summary = rows_of(tmp_path / "s" / "summary.csv")
-    assert [(row["dataset"], row["seed"], row["state"]) for row in summary] == [
-        ("bad.hdf5", "0", "failed"), ("bad.hdf5", "1", "failed"),
-        ("good.hdf5", "0", "complete"), ("good.hdf5", "1", "complete"),
-    ]  # fmt: skip
-    assert "lower lr" in summary[0]["error"]
-    for picture in ("eval_returns.png", "study_scores.png"):
+def test_summarize_pairs_the_seeds(tmp_path, capsys):
+    """The difference is of runs of the same seed: its interval is narrow where seeds differ more than settings do."""
+    returns = {"alpha=0": [100.0, 500.0, 900.0], "alpha=1": [111.0, 510.0, 912.0]}
+    common = {"dataset": "hopper-bullet-medium-v0", "env_id": "HopperBulletEnv-v0", "data_return": 800.0}
+    summary, curves = [], []
+    for label, values in returns.items():
+        for seed, value in enumerate(values):
+            own = common | {"label": label, "seed": seed}
+            score = 100 * (value - 18.6) / (2500 - 18.6)
+            summary.append(
+                own | {"state": "complete", "final_return": value, "score": score, "folder": "", "error": ""}
+            )
+            curves += [own | {"step": step, "return_mean": value + step} for step in (10, 20)]
+    failed = common | {"label": "alpha=1", "seed": 3, "state": "failed", "folder": "a-run", "error": "its error"}
+    pd.DataFrame([*summary, failed]).to_csv(tmp_path / "summary.csv", index=False)
+    pd.DataFrame(curves).to_csv(tmp_path / "curves.csv", index=False)
+    study.summarize(tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"^alpha=0 +3 +500\.0 \[100\.0, 900\.0\] ", out, re.MULTILINE)
+    assert re.search(r"^alpha=1 +3 +511\.0 \[111\.0, 912\.0\] .* 11\.0 \[10\.\d, 12\.0\]$", out, re.MULTILINE)
+    assert "FAILED a-run: its error" in out
+    for picture in ("study_returns.png", "study_scores.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
-    # resumed, then skipped
-    hopper_file(tmp_path / "bad.hdf5")
-    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "30"])
-    assert (code, err) == (0, "")
-    assert re.findall(r"run .*/(\w+-seed\d) from step 20, cpu \(1 threads\)", out) == ["good-seed0", "good-seed1"]
-    before = (tmp_path / "s" / "good-seed0" / "metrics.csv").read_bytes()
-    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "30"])
-    assert (code, err) == (0, "")
-    assert "4 runs, 4 of them complete" in out and "steps/s" not in out
-    assert (tmp_path / "s" / "good-seed0" / "metrics.csv").read_bytes() == before
 
-    # the figures of the table are those of the runs, which are those of single runs
-    single = [*short, "--dataset", "good.hdf5", "--seed", "1", "--max-steps", "30"]
-    assert run_main(monkeypatch, capsys, single)[0] == 0
-    assert metrics(run_folder(tmp_path)) == metrics(tmp_path / "s" / "good-seed1")
-    means = []
-    for seed in (0, 1):
-        rows = metrics(tmp_path / "s" / f"good-seed{seed}")
-        means.append(np.mean([float(row["return_mean"]) for row in rows if row["return_mean"]]))
-        row = rows_of(tmp_path / "s" / "summary.csv")[2 + seed]
-        assert float(row["final_return"]) == pytest.approx(means[seed], abs=1e-9)
-        assert float(row["score"]) == pytest.approx(100 * (means[seed] - 18.6) / (2500 - 18.6), abs=1e-9)
-    (line,) = (line for line in out.splitlines() if line.startswith("good.hdf5"))
-    assert line.split()[:3] == ["good.hdf5", "2", f"{np.mean(means):.1f}"]
-
-    # other settings are refused, and nothing is touched
-    code, out, err = run_main(monkeypatch, capsys, [*command, "--max-steps", "30", "--tau", "0.9"])
-    assert (code, err.count("\n")) == (2, 1) and "tau 0.9 (was 0.8)" in err
+# ----------------------------------------------------------------------------------------- what it is made of
 
 
-def test_one_seed_and_one_data_set_are_the_plain_job(monkeypatch, capsys, tmp_path):
+def test_grid():
+    """Data sets x settings x seeds; settings with a comma between them vary together."""
+    flags = ["--datasets", SAMPLE_ID, "my.hdf5", "--env-id", "HopperBulletEnv-v0", "--seeds", "3", "4", "--lr", "0.1"]
+    _, runs = study.parse([*flags, "--grid", "alpha,beta", "0,3", "1,1", "--grid", "hidden_sizes", "8 9"])
+    assert len({run["name"] for run in runs}) == len(runs) == 2 * 2 * 2
+    for run, (dataset, (alpha, beta), seed) in zip(
+        runs, itertools.product((SAMPLE_ID, "my"), ((0, 3), (1, 1)), (3, 4)), strict=True
+    ):
+        config = study.ciql.SETTINGS.validate_json(run["settings"])
+        assert (config.alpha, config.beta, config.seed, config.lr) == (alpha, beta, seed, 0.1)
+        assert config.hidden_sizes == (8, 9) and config.threads == 1
+        assert run["dataset"] == dataset and Path(config.dataset).stem == dataset
+        assert config.robot.env_id == ("HopperBulletEnv-v0" if dataset == "my" else "HalfCheetahBulletEnv-v0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--grid", "alfa", "0", "1"], "--alfa"),
+        (["--grid", "alpha", "0", "-1"], "alpha must be greater than or equal to 0, not -1.0"),
+        (["--grid", "alpha"], "--grid alpha needs values"),
+        (["--grid", "alpha,beta", "0", "1"], "--grid alpha,beta needs values"),
+        (["--seeds", "0", "1", "0"], "two runs of the study are the same"),
+        (["--seeds", "0", "-1"], "seed must be greater"),
+        (["--seeds"], "--seeds"),
+        (["--datasets", "mine.hdf5"], "env_id is not set"),
+        (["--datasets", "not-there.hdf5", "--env-id", "HopperBulletEnv-v0"], "not-there.hdf5: cannot be read"),
+        (["--datasets", "hopper-bullet"], "dataset is hopper-bullet"),
+        (["--study", "a_file/s", "--datasets", "good.hdf5", *HOPPER], "a_file"),
+        (["--evaluate", "nothing"], "nothing/config.json"),
+        (["--summarize", "nothing"], "nothing cannot be summarised"),
+        (["--no-such-setting", "1"], "--no-such-setting"),
+    ],
+)
+def test_bad_study(monkeypatch, capsys, tmp_path, arguments, named):
+    """One line, exit code 2, before anything starts."""
+    (tmp_path / "a_file").write_text("")
     hopper_file(tmp_path / "good.hdf5")
-    arguments = [*HOPPER, "--max-steps", "2", "--datasets", "good.hdf5", "--seeds", "3"]
-    code, out, err = run_main(monkeypatch, capsys, arguments)
-    assert (code, err) == (0, "") and "study" not in out
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("good-seed3-")
+    monkeypatch.setattr(study, "start_ray", lambda own: pytest.fail("started"))
+    code, _, error = run_main(monkeypatch, capsys, arguments, study.main)
+    assert (code, error.count("\n")) == (2, 1) and named in error
 
 
-def test_two_processes_cannot_work_on_one_study(tmp_path):
-    refused = pytest.raises(ciql_pybullet.InputError, match="worked on by another process")
-    with ciql_pybullet.owned(tmp_path / "s"), refused, ciql_pybullet.owned(tmp_path / "s"):
-        pass
+# ------------------------------------------------------------------------------------------------- with Ray
 
 
-# ----------------------------------------------------------------------------------------------- with Ray
+def run_study(tmp_path, *arguments):
+    """Run a study as a user does: exit code, stdout and stderr."""
+    command = [sys.executable, ROOT / "study" / "study.py", *arguments]
+    run = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
+def run_folder_of(tmp_path, name):
+    (folder,) = tmp_path.glob(f"s/tune/{name}/checkpoint_*/*/")
+    return folder
+
+
+def test_a_failing_run_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
+    """It is named with its error; what is complete is not done twice; a run is what it is alone, to the bit."""
+    hopper_file(tmp_path / "good.hdf5")
+    hopper_file(tmp_path / "bad.hdf5", rewards=np.full(132, 1e30))  # whose squares are infinite
+    short = [*HOPPER, "--eval-interval", "20", "--log-interval", "5", "--max-steps", "40"]
+    command = [*short, "--datasets", "bad.hdf5", "good.hdf5", "--grid", "tau", "0.7", "0.9", "--study", "s"]
+    code, out, err = run_study(tmp_path, *command)
+    assert code == 1, out + err
+    error = "q_loss became NaN or infinite within the 5 steps up to step 5; lower lr"
+    assert f"FAILED bad-tau0.7-seed0: {error}" in out and f"FAILED bad-tau0.9-seed0: {error}" in out
+    summary = rows_of(tmp_path / "s" / "summary.csv")
+    assert [(row["dataset"], row["tau"], row["state"]) for row in summary] == [
+        ("bad", "0.7", "failed"), ("bad", "0.9", "failed"), ("good", "0.7", "complete"), ("good", "0.9", "complete"),
+    ]  # fmt: skip
+
+    single = [*short, "--dataset", "good.hdf5", "--tau", "0.9"]
+    assert run_main(monkeypatch, capsys, single)[0] == 0
+    (alone,) = (tmp_path / "runs").iterdir()
+    assert metrics(alone) == metrics(run_folder_of(tmp_path, "good-tau0.9-seed0"))
+    evaluated = [float(row["return_mean"]) for row in metrics(alone) if row["return_mean"]]
+    assert float(summary[3]["final_return"]) == pytest.approx(np.mean(evaluated), abs=1e-9)
+    assert float(summary[3]["score"]) == pytest.approx(100 * (np.mean(evaluated) - 18.6) / (2500 - 18.6), abs=1e-9)
+    curves = [row for row in rows_of(tmp_path / "s" / "curves.csv") if row["label"] == "tau=0.9"]
+    assert [float(row["return_mean"]) for row in curves if row["dataset"] == "good"] == evaluated
+
+    before = run_folder_of(tmp_path, "good-tau0.9-seed0").stat()
+    code, again, _ = run_study(tmp_path, *command)
+    assert code == 1 and "good, return" in again
+    assert run_folder_of(tmp_path, "good-tau0.9-seed0").stat() == before
+    code, _, err = run_study(tmp_path, *command, "--lr", "0.1")
+    assert (code, err.count("\n")) == (2, 1) and "other settings or data" in err
 
 
 def free_port():
@@ -159,7 +198,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=90):
     for _ in range(10 * seconds):
         if result := condition():
             return result
@@ -169,81 +208,59 @@ def wait_for(condition, seconds=60):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A Ray cluster of two nodes, a core each; the second does not see ``tmp_path``, where that can be arranged."""
-    pytest.importorskip("ray")
+    """A Ray cluster of two nodes, a core each: its address, and the process of the second node."""
     for name, value in {"AUTH_MODE": "token", "AUTH_TOKEN": uuid.uuid4().hex, "USAGE_STATS_ENABLED": "0"}.items():
         monkeypatch.setenv(f"RAY_{name}", value)
     port = free_port()
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block"]
-    hide = f"mount -t tmpfs none {tmp_path} && "
-    can_hide = subprocess.run(["unshare", "-m", "sh", "-c", f"{hide}true"], check=False, capture_output=True)
-    hidden = ["unshare", "-m", "sh", "-c", f'{hide}exec "$@"', "sh"] if can_hide.returncode == 0 else []
-    commands = [
-        [*ray, "--head", "--include-dashboard=false", f"--port={port}"],
-        [*hidden, *ray, f"--address=127.0.0.1:{port}"],
-    ]
+    own = (["--head", "--include-dashboard=false", f"--port={port}"], [f"--address=127.0.0.1:{port}"])
     nodes = []
-    for n, command in enumerate(commands):
-        path = tmp_path.parent / f"node{n}.txt"
-        with open(path, "w") as log:
-            nodes.append(subprocess.Popen(command, cwd="/", stdout=log, stderr=log))
-    try:
-        for n in range(2):
-            wait_for(lambda n=n: "Ray runtime started" in (tmp_path.parent / f"node{n}.txt").read_text())
-        yield f"127.0.0.1:{port}", nodes[1], bool(hidden)
-    finally:
-        for node in reversed(nodes):
-            node.terminate()
-            node.wait()
-
-
-def processes(*words):
-    """Processes whose command line holds all ``words``."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (entry / "cmdline").read_bytes().decode().replace("\0", " ")
-            found += [int(entry.name)] if all(word in line for word in words) else []
-    return found
+    for n, arguments in enumerate(own):
+        with open(tmp_path.parent / f"node{n}.txt", "w") as log:
+            nodes.append(subprocess.Popen([*ray, *arguments], cwd="/", stdout=log, stderr=log))
+        wait_for(lambda n=n: "Ray runtime started" in (tmp_path.parent / f"node{n}.txt").read_text())
+    yield f"127.0.0.1:{port}", nodes[1]
+    for node in reversed(nodes):
+        node.terminate()
+        node.wait()
 
 
 def descendants(pid):
     return [pid, *(d for child in children_of(pid) for d in descendants(child))]
 
 
+def working_in(pid):
+    """The folder that a process works in."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cwd").resolve()
+    return Path()
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
-def test_a_cluster_loses_a_node_and_a_process(cluster, monkeypatch, capsys, tmp_path):
-    """2 seeds x 2 data sets on two nodes; a raylet and a run are killed on the way, and nothing is lost."""
-    address, second, hidden = cluster
-    for name in ("a", "b"):
-        hopper_file(tmp_path / f"{name}.hdf5", **({"rewards": np.ones(132)} if name == "b" else {}))
-    short = [*HOPPER, "--max-steps", "600", "--eval-interval", "300", "--log-interval", "100"]
-    arguments = ["--datasets", "a.hdf5", "b.hdf5", "--seeds", "0", "1", "--study", "s", "--ray-address", address]
+def test_a_cluster_loses_a_node(cluster, monkeypatch, capsys, tmp_path):
+    """2 settings x 2 seeds on two nodes; a raylet is killed on the way, and its run goes on from its checkpoint."""
+    address, second = cluster
+    hopper_file(tmp_path / "a.hdf5")
+    short = [*HOPPER, "--max-steps", "3000", "--eval-interval", "1000", "--log-interval", "500"]
+    arguments = ["--datasets", "a.hdf5", "--grid", "alpha", "0", "1", "--seeds", "0", "1", "--study", "s"]
+    command = [sys.executable, ROOT / "study" / "study.py", *short, *arguments, "--ray-address", address]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    driver = subprocess.Popen([sys.executable, SCRIPT, *short, *arguments], cwd=tmp_path, **pipes)
+    driver = subprocess.Popen(command, cwd=tmp_path, **pipes)
 
-    def nodes():
-        """The node of each run that has a checkpoint but is not complete."""
-        found = {}
-        for log in (tmp_path / "s").glob("*/log.txt"):
-            if (log.parent / "checkpoint.pt").exists() and "final" not in log.read_text():
-                found[log.parent.name] = re.findall("^node .*, (.*)$", log.read_text(), re.MULTILINE)[-1]
-        return found
+    def lost():
+        """A run on the second node that has a checkpoint but is not complete."""
+        names = {working_in(pid).name for pid in descendants(second.pid)}
+        return {path.parent.name for path in tmp_path.glob("s/tune/a-*/checkpoint_000000") if path.parent.name in names}
 
-    (raylet,) = set(processes("raylet/raylet")) & set(descendants(second.pid))
-    node = re.search(r"--node_id=(\w+)", Path(f"/proc/{raylet}/cmdline").read_text())[1]
-    before = wait_for(lambda: node in (now := nodes()).values() and now)
+    (name,) = wait_for(lost)
+    (raylet,) = (pid for pid in descendants(second.pid) if "raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(raylet, signal.SIGKILL)
-    for pid in processes("ciql_pybullet.work", str(tmp_path / "s")):
-        os.kill(pid, signal.SIGKILL)
     out, err = driver.communicate()
-    assert (driver.returncode, err) == (0, "")
-    for run in before:
-        assert re.search(rf"^retry  {run} from step 300: ", out, re.MULTILINE)
-        assert re.search(r"^run .* from step 300, ", (tmp_path / "s" / run / "log.txt").read_text(), re.MULTILINE)
-    for dataset, seed in itertools.product(("a", "b"), (0, 1)):
-        single = [*short, "--dataset", f"{dataset}.hdf5", "--seed", str(seed), "--out-dir", f"{dataset}{seed}"]
-        assert run_main(monkeypatch, capsys, single)[0] == 0
-        (folder,) = (tmp_path / f"{dataset}{seed}").iterdir()
-        assert metrics(folder) == metrics(tmp_path / "s" / f"{dataset}-seed{seed}")
-    print(f"killed: {before}; second node without our disk: {hidden}\n{out}")  # shown by pytest -rP
+    assert driver.returncode == 0, out + err
+    log = (tmp_path / "s" / "tune" / name / "log.txt").read_text()
+    assert re.search(r"^run .* from step [12],000, ", log, re.MULTILINE), log
+    for alpha, seed in itertools.product((0, 1), (0, 1)):
+        single = ["--dataset", "a.hdf5", "--alpha", str(alpha), "--seed", str(seed), "--out-dir", f"{alpha}{seed}"]
+        assert run_main(monkeypatch, capsys, [*short, *single])[0] == 0
+        (folder,) = (tmp_path / f"{alpha}{seed}").iterdir()
+        assert metrics(folder) == metrics(run_folder_of(tmp_path, f"a-alpha{alpha}-seed{seed}"))
