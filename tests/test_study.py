@@ -105,9 +105,9 @@ def test_grid():
     """Data sets x settings x seeds; settings with a comma between them vary together."""
     flags = ["--datasets", SAMPLE_ID, "my.hdf5", "--env-id", "HopperBulletEnv-v0", "--seeds", "3", "4", "--lr", "0.1"]
     _, runs = study.parse([*flags, "--grid", "alpha,beta", "0,3", "1,1", "--grid", "hidden_sizes", "8 9"])
-    assert len({run["name"] for run in runs}) == len(runs) == 2 * 2 * 2
+    assert len(runs) == 2 * 2 * 2
     for run, (dataset, (alpha, beta), seed) in zip(
-        runs, itertools.product((SAMPLE_ID, "my"), ((0, 3), (1, 1)), (3, 4)), strict=True
+        runs.values(), itertools.product((SAMPLE_ID, "my"), ((0, 3), (1, 1)), (3, 4)), strict=True
     ):
         config = study.ciql.SETTINGS.validate_json(run["settings"])
         assert (config.alpha, config.beta, config.seed, config.lr) == (alpha, beta, seed, 0.1)
@@ -168,7 +168,7 @@ def test_a_failing_run_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     code, out, err = run_study(tmp_path, *command)
     assert code == 1, out + err
     error = "q_loss became NaN or infinite within the 5 steps up to step 5; lower lr"
-    assert f"FAILED bad-tau0.7-seed0: {error}" in out and f"FAILED bad-tau0.9-seed0: {error}" in out
+    assert f"FAILED tune/bad-tau0.7-seed0: {error}" in out and f"FAILED tune/bad-tau0.9-seed0: {error}" in out
     summary = rows_of(tmp_path / "s" / "summary.csv")
     assert [(row["dataset"], row["tau"], row["state"]) for row in summary] == [
         ("bad", "0.7", "failed"), ("bad", "0.9", "failed"), ("good", "0.7", "complete"), ("good", "0.9", "complete"),
