@@ -359,7 +359,7 @@ class CIQL:
     def compiled_step(self, data: Transitions) -> Callable[[Transitions], Metrics]:
         """``step`` under torch.compile; or as it is, with a line that says why, where that fails. Leaves no trace.
 
-        On CUDA it is one graph. On the CPU it breaks at the branch on the clamp and at Adam's fused kernel.
+        On CUDA it is one graph. On the CPU it breaks at the branch on the clamp, and ``apply`` stays as it is.
         """
         torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
         torch._dynamo.config.trace_autograd_ops = True  # the backward pass in the graph of the step

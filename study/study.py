@@ -32,7 +32,6 @@ import ciql_pybullet as ciql
 from ciql_pybullet import InputError
 
 Runs = dict[str, dict[str, Any]]
-LAST = 10  # evaluations at the end of a run whose mean is its final return
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Runs]:
@@ -66,14 +65,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Runs]:
         config = ciql.parse(flags)
         if config.resume or config.evaluate:
             raise InputError("a study neither resumes nor evaluates single runs; leave out --resume and --evaluate")
-        path = dataset if dataset in ciql.DOWNLOAD_URLS else str(Path(dataset).absolute())
-        settings = ciql.SETTINGS.dump_json(dataclasses.replace(config, dataset=path)).decode()
+        stem, path = Path(dataset).stem, dataset if dataset in ciql.DOWNLOAD_URLS else str(Path(dataset).absolute())
+        text = ciql.SETTINGS.dump_json(dataclasses.replace(config, dataset=path)).decode()
         label = " ".join(f"{name}={value}" for name, value in varied.items())
-        name = "-".join([Path(dataset).stem, *label.replace("=", "").split(), f"seed{seed}"])
+        name = "-".join([stem, *label.replace("=", "").split(), f"seed{seed}"])
         if name in runs:
             raise InputError("two runs of the study are the same; name each data set, value and seed once")
-        own_part = {"dataset": Path(dataset).stem, "label": label, "varied": varied, "seed": config.seed}
-        runs[name] = own_part | {"settings": settings}
+        runs[name] = {"dataset": stem, "label": label, "varied": varied, "seed": config.seed, "settings": text}
     return own, runs
 
 
@@ -130,8 +128,7 @@ def run_study(own: argparse.Namespace, runs: Runs) -> Any:
         path, returns, source = files[config.dataset]
         run |= {"file": str(path), "data_return": float(returns.mean()) if len(returns) else None}
         run["dataset"] += " (re-collected)" if source and config.dataset in ciql.DOWNLOAD_URLS else ""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = folder / "study.json"
+    (known := folder / "study.json").parent.mkdir(parents=True, exist_ok=True)
     if known.exists() and json.loads(known.read_text()) != runs:
         raise InputError(f"{folder} holds a study with other settings or data; name another --study")
     with filelock.FileLock(folder / ".lock", timeout=0):
@@ -176,7 +173,7 @@ def write_results(folder: Path, runs: Runs, results: Any) -> None:
             curves += [own | point for point in points]
             row["step"] = int(curve["step"].iloc[-1])
             if row["step"] == config.max_steps:
-                row |= {"state": "complete", "final_return": curve["return_mean"].iloc[-LAST:].mean()}
+                row |= {"state": "complete", "final_return": curve["return_mean"].iloc[-10:].mean()}
                 row["score"] = config.robot.score(row["final_return"])
         if failure or (result.error and row["state"] != "complete"):
             row |= {"state": "failed", "error": failure or " ".join(str(result.error).split())[-300:]}
@@ -232,7 +229,7 @@ def summarize(folder: Path) -> None:
             figures += [with_interval(pairs)] if strata is not first and min(map(len, pairs)) else []
             cells = [f"{v:.1f}" + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]") for v, low, high in figures]
             print(f"{label:{width}}{sum(map(len, strata)):4}{''.join(f'{cell:>28}' for cell in cells)}")
-    print(f"\nof a run's last {LAST} evaluations; [95 % stratified bootstrap over seeds]; differences seed by seed")
+    print("\nof a run's last ten evaluations; [95 % stratified bootstrap over seeds]; differences seed by seed")
     for run in summary[summary["state"] == "failed"].itertuples():
         print(f"FAILED {run.folder}: {run.error}")
     if complete:
@@ -277,7 +274,6 @@ def draw_scores(folder: Path, complete: dict[str, pd.DataFrame]) -> None:
             axes.vlines([place], low, high, color=f"C{n}", linewidth=2)
     axes.set_xticks(range(len(complete)), [name.replace("-bullet-", "\n").removesuffix("-v0") for name in complete])
     axes.set(ylabel="normalised score (0 random, 100 expert)", title="final scores: seeds, mean and 95 % interval")
-    axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize="small")
     figure.savefig(folder / "study_scores.png", dpi=100)
 

@@ -5,7 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
+import ciql_pybullet
 from ciql_pybullet import (
     CIQL,
     METRICS,
@@ -72,9 +74,11 @@ def parameters_of(agent):
     }
 
 
-@pytest.fixture(params=["closed", "open"])
-def case(request):
-    """(agent, batch, off-data actions) with the clamp closed or open for both critics."""
+@pytest.fixture(params=["closed", "open", "closed, oneDNN", "open, oneDNN"])
+def case(request, monkeypatch):
+    """(agent, batch, off-data actions, is the clamp open?), products by torch's own library or by oneDNN."""
+    clamp, _, library = request.param.partition(", ")
+    monkeypatch.setattr(ciql_pybullet, "prefers_onednn", lambda: library == "oneDNN")
     torch.manual_seed(3)
     agent = CIQL(S, A, CONFIG)
     for network in (agent.critic, agent.target_critic):  # apart from each other, with values far from zero
@@ -95,9 +99,10 @@ def case(request):
         inputs = torch.cat([batch.observations, batch.actions], 1)
         off = torch.cat([batch.observations[:, None].expand(-1, K, -1), negatives], -1)
         gap = q_net(off).mean() - q_net(inputs).mean()
-        if (gap > 0) != (request.param == "open"):
+        if (gap > 0) != (clamp == "open"):
             q_net[-1].weight.data *= -1
-    return agent, batch, negatives, request.param == "open"
+    assert agent.critic.q1.fused == (library == "oneDNN")
+    return agent, batch, negatives, clamp == "open"
 
 
 def in_float64(batch):
@@ -181,6 +186,35 @@ def test_conservative_penalty_by_hand():
 def test_awr_weights_by_hand():
     weights = awr_weights(torch.tensor([-5.0, 0.0, 0.5, 1e6]), 2.0, 50.0)
     assert weights.tolist() == pytest.approx([1.0, 1.0, np.e, 50.0])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("shape", [(1, 5, 7), (33, 6, 16), (300, 32, 48)])
+def test_fused_layer_matches_float64(shape):
+    """ReLU(x wᵀ + b) and the gradients of a weighted sum of it, for x, w and b."""
+    rows, inputs, outputs = shape
+    rng = np.random.default_rng(0)
+    x, w, b = rng.normal(size=(rows, inputs)), rng.normal(size=(outputs, inputs)), rng.normal(size=outputs)
+    up = rng.normal(size=(rows, outputs))
+    tensors = [torch.tensor(v, dtype=torch.float32, requires_grad=True) for v in (x, w, b)]
+    y = ciql_pybullet.LinearReLU.apply(*tensors)
+    expected = np.maximum(x @ w.T + b, 0)
+    np.testing.assert_allclose(y.detach(), expected, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad((y * torch.tensor(up, dtype=torch.float32)).sum(), tensors)
+    masked = up * (expected > 0)
+    for gradient, exact in zip(found, (masked @ w, masked.T @ x, masked.sum(0)), strict=True):
+        np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_without_onednn():
+    """Switched off, or on another processor, the step takes torch's own products, to nearly the same weights."""
+    agents = []
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            agents.append(trained(small())[0])
+    assert not agents[1].value.v.fused
+    for one, other in zip(*(agent.parameters for agent in agents), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_log_std_stays_above_its_floor_and_can_grow_again():
@@ -278,8 +312,11 @@ def test_cuda_step_is_one_graph(backend):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_step_agrees_with_eager():
+@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
+def test_compiled_step_agrees_with_eager(monkeypatch, library):
     """100 steps from the same state, with the clamp open now and then, and no trace left by compiling."""
+    monkeypatch.setattr(ciql_pybullet, "prefers_onednn", lambda: library == "oneDNN")
+    torch._inductor.config.pattern_matcher = True  # as it is by default
     data = random_data()
     eager, expected = trained(small(lr=1e-3, hidden_sizes=(16,)), 100)
     compiled, found = trained(small(lr=1e-3, hidden_sizes=(16,)), 100, lambda agent: agent.compiled_step(data))

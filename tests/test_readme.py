@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +14,21 @@ import PIL.Image
 import pytest
 from conftest import ROOT, hopper_file
 
+sys.path.insert(0, str(ROOT / "study"))
 import ciql_pybullet
+import study
 from ciql_pybullet import Config, read_transitions
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|pip|tensorboard) ", line)]
+OTHERS = [(ROOT / folder / "README.md").read_text() for folder in ("data", "study", "study/results")]
+
+
+def commands_of(text):
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if re.match(r"(python|pip|tensorboard) ", line)]
+
+
+COMMANDS = commands_of(README)
 SMALL = "--device cpu --no-compile --max-steps 4 --log-interval 2 --eval-episodes 1"
 
 
@@ -61,8 +71,6 @@ def in_small(command):
     if "-m pytest" in command or "benchmark" in command or "--help" in command:
         return command.replace("python ", f"{sys.executable} {'' if '-m' in command else f'{ROOT}/'}", 1) + " --help"
     command = re.sub(r" --max-steps \d+", "", command.replace("python ", f"{sys.executable} {ROOT}/", 1))
-    command = re.sub(r"--seeds [\d ]+", "--seeds 0 1 ", command)
-    command = re.sub(r"--datasets (\S+-v0 )+", "--datasets hopper-bullet-mixed-v0 ", command)
     if "--evaluate" in command:
         return command
     return f"{command} --max-steps 6" if "--resume" in command else f"{command} {SMALL}"
@@ -118,12 +126,69 @@ def test_names_in_the_readme_exist():
         assert hasattr(ciql_pybullet, name)
 
 
+def test_commands_of_the_other_readmes():
+    """They take minutes to days, so they are parsed, not run; other tests run such commands at small size."""
+    commands = [command.split(" && ")[-1] for text in OTHERS for command in commands_of(text)]
+    assert sum("study.py" in command for command in commands) >= 4
+    for command in commands:
+        program, *arguments = shlex.split(command)[1:]
+        if program == "study/study.py":
+            own, runs = study.parse(arguments)
+            assert runs or own.summarize
+            assert not own.summarize or own.summarize.parts[0] == "runs" or (ROOT / own.summarize).is_dir()
+        elif program == "data/make_bullet_dataset.py":
+            assert set(re.findall(r"\S+-v0", command)) <= set(ciql_pybullet.DOWNLOAD_URLS)
+        elif program == "install":
+            assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", command))
+        else:
+            raise AssertionError(command)
+
+
+def test_results_are_redrawn_from_their_csvs(tmp_path, capsys):
+    """And the figures that the READMEs show are what is printed."""
+    shutil.copytree(ROOT / "study" / "results", tmp_path / "results")
+    folders = [path.parent for path in (tmp_path / "results").glob("*/summary.csv")]
+    assert folders
+    for folder in folders:
+        for picture in folder.glob("*.png"):
+            picture.unlink()
+        study.summarize(folder)
+        assert len(list(folder.glob("*.png"))) == 2
+    printed = capsys.readouterr().out
+    tables = [line for text in OTHERS for line in re.findall(r"^.*\[[-\d.]+, [-\d.]+\].*$", text, re.MULTILINE)]
+    assert tables and all(line in printed for line in tables)
+
+
 def test_data_program(tmp_path):
     """It writes files that are read as what was played: Hopper falls, and a fall is a termination."""
-    command = "--env-id HopperBulletEnv-v0 --name hopper-bullet --level -1000 --rows 150 --out sets"
-    program = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *shlex.split(command)]
-    result = subprocess.run(program, check=False, cwd=tmp_path, capture_output=True, text=True)
+    ids = [f"hopper-bullet-{kind}-v0" for kind in ("random", "medium", "mixed")]
+    program = [
+        sys.executable,
+        ROOT / "data" / "make_bullet_dataset.py",
+        "--level",
+        "-1000",
+        "--rows",
+        "150",
+        "--out",
+        "sets",
+    ]
+
+    def make(*ids):
+        command = [*program, "--id", *ids]
+        return subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+
+    result = make(*ids)
     assert result.returncode == 0, result.stderr
+    before = {path: path.read_bytes() for path in (tmp_path / "sets").iterdir()}
+    assert len(before) == 3
+    for wrong, cause in (
+        ([ids[1]], "is there already"),
+        (["hopper-medium"], "id is"),
+        ([ids[0], "ant-bullet-mixed-v0"], "id is"),
+    ):
+        result = make(*wrong)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1) and cause in result.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "sets").iterdir()} == before
     for kind in ("random", "medium", "mixed"):
         t = read_transitions(tmp_path / "sets" / f"hopper-bullet-{kind}-v0.hdf5")
         assert t.observations.shape[1] == 15 and t.actions.abs().max() <= 1
