@@ -101,9 +101,8 @@ class Config:
         if self.alpha > 0 and self.num_neg == 0:
             raise InputError("num_neg is 0, but must be at least 1 while alpha > 0")
         if self.dataset not in DOWNLOAD_URLS and Path(self.dataset).suffix not in (".hdf5", ".h5"):
-            raise InputError(
-                f"dataset is {self.dataset}, but must be an .hdf5 file or one of {', '.join(DOWNLOAD_URLS)}"
-            )
+            ids = ", ".join(DOWNLOAD_URLS)
+            raise InputError(f"dataset is {self.dataset}, but must be an .hdf5 file or one of {ids}")
         if self.dataset not in DOWNLOAD_URLS and not self.env_id:
             raise InputError(f"env_id is not set, but must name the environment that {self.dataset} was recorded in")
 
@@ -501,10 +500,7 @@ def read_rows(path: str | Path, dims: tuple[int, ...] | None = None) -> tuple[Ro
         (not not_finite, f"{not_finite} holds NaN or infinite values; remove those episodes"),
         ((np.abs(a) <= 1 + 1e-5).all(), "'actions' reach outside [-1, 1]; rescale them to the action box"),
         (np.isin(d, (0, 1)).all(), "'terminals' holds values other than 0 and 1; mark end rows with 1"),
-        (
-            (d.ravel()[:-1] == 0).any(),
-            f"{d.size} rows hold no complete transition; two rows of an episode are the least",
-        ),
+        ((d.ravel()[:-1] == 0).any(), f"{d.size} rows hold no complete transition; an episode has two at least"),
     ):
         if not valid:
             raise InputError(f"{path}: {complaint}")
@@ -674,13 +670,13 @@ class Run:
         except OSError as error:
             raise InputError(f"out_dir is {config.out_dir}, which cannot be written ({error.strerror})") from error
         write_whole(self.folder / "config.json", SETTINGS.dump_json(config, indent=2))
-        settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+        settings, self.wandb = {name: str(value) for name, value in dataclasses.asdict(config).items()}, None
         if config.wandb_project:
             import wandb
 
             own: dict[str, Any] = {"project": config.wandb_project, "id": self.folder.name, "dir": self.folder}
             quiet = wandb.Settings(silent=True)
-            wandb.init(**own, config=settings, resume="allow", sync_tensorboard=True, settings=quiet)
+            self.wandb = wandb.init(**own, config=settings, resume="allow", sync_tensorboard=True, settings=quiet)
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -827,9 +823,7 @@ def check_run(config: Config, checkpoint: dict[str, Any] | None) -> None:
     if checkpoint:
         saved, now = dataclasses.asdict(SETTINGS.validate_json(checkpoint["config"])), dataclasses.asdict(config)
         free = {"plot", "out_dir", "resume", "evaluate", "max_steps", "threads", "film", "wandb_project"}
-        changes = [
-            f"{name} {now[name]} (was {saved[name]})" for name in now if name not in free and saved[name] != now[name]
-        ]
+        changes = [f"{name} {now[name]} (was {saved[name]})" for name in now.keys() - free if now[name] != saved[name]]
         if changes:
             raise InputError(f"{config.resume} was trained with other settings; resume without {', '.join(changes)}")
         if config.max_steps < (step := checkpoint["step"]):
@@ -867,10 +861,7 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
 
 
-Report = Callable[[dict[str, float], Path], object]
-
-
-def train(config: Config, report: Report | None = None) -> tuple[np.ndarray, np.ndarray]:
+def train(config: Config, report: Callable[..., object] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Train CIQL; prints the log, writes the picture and the run folder.
 
     ``report`` is called after every evaluation, once it is saved, with its row of metrics.csv and the run folder.
@@ -921,6 +912,8 @@ def train(config: Config, report: Report | None = None) -> tuple[np.ndarray, np.
                 raise SystemExit(128 + stop[0])
             since += time.perf_counter() - pause
     run.board.close()
+    if run.wandb:
+        run.wandb.finish()
     summarize(run, time.perf_counter() - start)
     return evaluations(run.rows)
 
@@ -930,9 +923,8 @@ def summarize(run: Run, seconds: float) -> None:
     (steps, returns), score = evaluations(run.rows), run.config.robot.score
     means, best = returns.mean(1), int(returns.mean(1).argmax())
     last = means[-10:].mean()
-    say(
-        f"final  return {means[-1]:.1f} ± {returns[-1].std():.1f} over {returns.shape[1]} episodes, score {score(means[-1]):.1f}"
-    )
+    spread = f"{returns[-1].std():.1f} over {returns.shape[1]} episodes"
+    say(f"final  return {means[-1]:.1f} ± {spread}, score {score(means[-1]):.1f}")
     say(f"       {last:.1f} is the mean of the last {len(means[-10:])} evaluations, score {score(last):.1f}")
     say(f"       {means[best]:.1f} at step {steps[best]:,} was the best of {len(means)}: picked by luck, not a result")
     say(f"took   {seconds / 60:.1f} minutes")
@@ -955,9 +947,8 @@ def parse(arguments: Sequence[str], default: Config | None = None) -> Config:
         lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]  # in a box, the cause first
         cause = " ".join(itertools.takewhile(lambda line: line[:3] not in ("───", "╰──", "For"), lines))
         cause = re.sub(r".*Config (Value error, )?", "", cause).replace("Input should", "must")
-        cause = re.sub(r" \[type=(?!value_error)\w+, input_value=(.*), input_type.*", r", not \1", cause).split(
-            " [type="
-        )[0]
+        cause = re.sub(r" \[type=(?!value_error)\w+, input_value=(.*), input_type.*", r", not \1", cause)
+        cause = cause.split(" [type=")[0]
         raise InputError(f"{cause}; --help lists the settings") from stop
     folder = config.resume or config.evaluate
     if not folder or default:
