@@ -802,7 +802,7 @@ def draw_references(axes: Any, robot: Robot, data_returns: np.ndarray) -> None:
     axes.set(xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2, loc="lower right")
+    axes.legend(fontsize="small", ncols=2)
 
 
 # ------------------------------------------------------------------------------------------------ training
