@@ -313,7 +313,7 @@ class CIQL:
         """One gradient step on B transitions (observations normalised); returns the losses, scalars on the device."""
         num_neg = self.config.num_neg if self.config.alpha > 0 else 0
         negative_actions = torch.rand(len(batch.actions), num_neg, batch.actions.shape[1], device=self.device) * 2 - 1
-        if self.on_cpu:
+        if self.on_cpu and self.config.alpha > 0:
             # ReLU'(x) = 0 for x <= 0: with the clamp closed, leaving out the penalty's backward pass (over half of the
             # work) is exact. Start from what the last step found, and go again if an open clamp was taken for closed.
             gradients, metrics = self.gradients(batch, negative_actions, self.clamp_open)
@@ -321,7 +321,7 @@ class CIQL:
             if is_open and not self.clamp_open:
                 gradients, metrics = self.gradients(batch, negative_actions, True)
             self.clamp_open = is_open
-        else:  # a branch would make the host wait for the device
+        else:  # on CUDA a branch would make the host wait for the device
             gradients, metrics = self.gradients(batch, negative_actions, True)
         self.apply(gradients)
         return metrics

@@ -1,9 +1,7 @@
 """Many runs of ciql_pybullet.py, side by side on Ray Tune: data sets x settings x seeds, with statistics and pictures.
-
     python study/study.py --seeds 0 1 2 3 4 --grid alpha 0 1 --grid beta 1 3 --max-steps 50000 --study runs/penalty
     python study/study.py --seeds 0 1 2 --grid alpha,beta,tau 1,1,0.8 0,3,0.7 --study runs/two
     python study/study.py --summarize runs/penalty
-
 --grid takes a setting and its values, or several settings that vary together. Every other flag is ciql_pybullet.py's
 own and goes to all runs. The same command again skips the runs that are complete and resumes the others.
 """
@@ -252,8 +250,10 @@ def draw_curves(folder: Path, complete: dict[str, pd.DataFrame], curves: pd.Data
             axes.plot(returns.columns, mean, color=f"C{n}", label=f"{label}, {len(returns)} seeds")
             axes.fill_between(returns.columns, low, high, color=f"C{n}", alpha=0.2, lw=0)
         robot = next(robot for robot in ciql.ROBOTS.values() if robot.env_id == part["env_id"].iloc[0])
+        low, high = axes.get_ylim()  # of the curves: the references may be far away
         ciql.draw_references(axes, robot, part["data_return"].dropna().to_numpy())
-        axes.set_title(dataset, fontsize="medium")
+        axes.set_ylim(low, max(high, 1.05 * part["data_return"].max()))
+        axes.set_title(dataset)
     figure.savefig(folder / "study_returns.png", dpi=100)
 
 
@@ -272,7 +272,7 @@ def draw_scores(folder: Path, complete: dict[str, pd.DataFrame]) -> None:
             axes.plot([place] * len(values), values, ".", color=f"C{n}", alpha=0.4)
             axes.plot([place], [value], "o", color=f"C{n}", label=label if x == 0 else None)
             axes.vlines([place], low, high, color=f"C{n}", linewidth=2)
-    axes.set_xticks(range(len(complete)), [name.replace("-bullet-", "\n").removesuffix("-v0") for name in complete])
+    axes.set_xticks(range(len(complete)), [name.replace("-bullet-", "\n").replace("-v0", "") for name in complete])
     axes.set(ylabel="normalised score (0 random, 100 expert)", title="final scores: seeds, mean and 95 % interval")
     axes.legend(fontsize="small")
     figure.savefig(folder / "study_scores.png", dpi=100)

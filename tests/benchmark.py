@@ -106,10 +106,7 @@ def flop(alpha, is_open):
     v = 2 * forward(B, S) + backward(B, S)
     q = 4 * forward(B, S + A) + 2 * backward(B, S + A)
     pi = forward(B, S, A) + backward(B, S, A)
-    state_part = 2 * B * S * H  # of the first layer, once a state
-    penalty = 2 * (forward(B * K, A) + state_part)
-    if is_open:
-        penalty += 2 * (backward(B * K, A) + state_part)
+    penalty = 2 * (backward(B * K, S + A) if is_open else 0) + 2 * forward(B * K, S + A)
     return v + q + pi + (penalty if alpha else 0)
 
 
