@@ -55,14 +55,22 @@ def test_float64_and_compressed_files(tmp_path):
     assert read_transitions(tmp_path / "data.hdf5").rewards.tolist() == [1001, 1002, 1003, 1004, 1005]
 
 
-def test_embedded_sample():
-    t = read_transitions(SAMPLE)
-    returns = episode_returns(read_rows(SAMPLE)[0])
-    assert t.observations.shape == (100_000, 26)
-    assert t.actions.shape == (100_000, 6)
-    assert t.terminations.sum() == 0  # the cheetah never falls
-    assert (len(returns), returns.mean().round(1), returns.std().round(1)) == (100, 861.8, 90.6)
+@pytest.mark.parametrize(
+    ("name", "transitions", "terminations", "mean", "std"),
+    [
+        ("halfcheetah", (100_000, 26), 0, 861.8, 90.6),
+        ("hopper", (30_334, 15), 91, 499.3, 335.7),
+    ],  # a cheetah never falls
+)
+def test_embedded_samples(name, transitions, terminations, mean, std):
+    path = SAMPLE.parent / f"{name}-bullet-medium-sample.hdf5"
+    rows, source = read_rows(path)
+    t, returns = read_transitions(path), episode_returns(rows)
+    assert t.observations.shape == transitions
+    assert t.terminations.sum() == terminations
+    assert (len(returns), returns.mean().round(1), returns.std().round(1)) == (100, mean, std)
     assert t.rewards.double().sum().item() == pytest.approx(returns.sum(), rel=1e-6)
+    assert "re-collected" in source
 
 
 # ---------------------------------------------------------------------------------- where data come from

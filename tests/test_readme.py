@@ -155,7 +155,8 @@ def test_results_are_redrawn_from_their_csvs(tmp_path, capsys):
         study.summarize(folder)
         assert len(list(folder.glob("*.png"))) == 2
     printed = capsys.readouterr().out
-    tables = [line for text in OTHERS for line in re.findall(r"^.*\[[-\d.]+, [-\d.]+\].*$", text, re.MULTILINE)]
+    interval = r"\[[-\d.]+, [-\d.]+\]"
+    tables = [line for text in OTHERS for line in re.findall(rf"^.*{interval} .*{interval}.*$", text, re.MULTILINE)]
     assert tables and all(line in printed for line in tables)
 
 
