@@ -582,7 +582,9 @@ def play_episode(policy: bytes, env_id: str, seed: int, film: Path | None = None
             break
     env.close()
     if film:
-        frames[0].save(film, save_all=True, append_images=frames[1:], duration=50, loop=0)
+        content = io.BytesIO()
+        frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
+        write_whole(film, content.getvalue())
     return total
 
 
@@ -639,7 +641,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write beside ``path`` and rename, so that at any time ``path`` is the old file or the new one, whole."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_bytes(content)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -670,6 +675,10 @@ class Run:
         except OSError as error:
             raise InputError(f"out_dir is {config.out_dir}, which cannot be written ({error.strerror})") from error
         write_whole(self.folder / "config.json", SETTINGS.dump_json(config, indent=2))
+        episodes = (f"return_{n}" for n in range(1, config.eval_episodes + 1))
+        self.columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
+        header = ",".join(self.columns) + "\n"
+        write_whole(self.folder / "metrics.csv", (header + "".join(map(self.csv_line, self.rows))).encode())
         settings, self.wandb = {name: str(value) for name, value in dataclasses.asdict(config).items()}, None
         if config.wandb_project:
             import wandb
@@ -684,17 +693,23 @@ class Run:
         for summary in hparams(settings, {"evaluation/return_mean": 0.0}):
             self.board._get_file_writer().add_summary(summary)
 
+    def csv_line(self, row: dict[str, float]) -> str:
+        return ",".join(str(row.get(name, "")) for name in self.columns) + "\n"
+
     def record(self, row: dict[str, float]) -> None:
         """Add a row to metrics.csv and TensorBoard."""
         self.rows.append({"step": self.step} | row)
-        episodes = (f"return_{n}" for n in range(1, self.config.eval_episodes + 1))
-        columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
-        lines = [columns, *([str(row.get(name, "")) for name in columns] for row in self.rows)]
-        write_whole(self.folder / "metrics.csv", "".join(",".join(line) + "\n" for line in lines).encode())
-        for name, value in row.items():
-            group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
-            self.board.add_scalar(f"{group}/{name}", value, self.step)
-        self.board.flush()
+        try:
+            with open(self.folder / "metrics.csv", "a") as file:
+                file.write(self.csv_line(self.rows[-1]))
+            for name, value in row.items():
+                group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
+                self.board.add_scalar(f"{group}/{name}", value, self.step)
+            self.board.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be written ({error.strerror}); make room, then --resume it"
+            ) from error
 
     def add(self, metrics: Metrics) -> None:
         """Take in the metrics of one more step, on the device: nothing waits for it but a log line."""
