@@ -1,33 +1,26 @@
 """Conservative Implicit Q-Learning (CIQL), trained offline on the PyBullet D4RL data sets.
 
-CIQL is Implicit Q-Learning plus a clamped conservative penalty. With Q̄ = min(Q1, Q2) of the target critic,
-three losses are minimised on a logged data set:
+CIQL is Implicit Q-Learning plus a clamped conservative penalty. With Q̄ = min(Q1, Q2) of the target critic:
 
     V   diff = Q̄(s,a) − V(s)             loss = |τ − 1(diff<0)| · diff²
     Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
     π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
 
 y does not bootstrap after a true termination; ā are num_neg actions a state, drawn uniformly from the action box.
-
-    python ciql_pybullet.py                                      the settings below
-    python ciql_pybullet.py --dataset hopper-bullet-mixed-v0 --seed 3
-    python ciql_pybullet.py --help                               every setting
-
-References:
-    Kostrikov et al., Offline Reinforcement Learning with Implicit Q-Learning, 2021 (arXiv 2110.06169)
-    Kumar et al., Conservative Q-Learning for Offline Reinforcement Learning, 2020 (arXiv 2006.04779)
-    Fu et al., D4RL: Datasets for Deep Data-Driven Reinforcement Learning, 2020 (arXiv 2004.07219)
-    d4rl-pybullet, the data sets (github.com/takuseno/d4rl-pybullet)
+IQL: Kostrikov et al., 2021 (arXiv 2110.06169). CQL: Kumar et al., 2020 (arXiv 2006.04779). D4RL: Fu et al., 2020
+(arXiv 2004.07219). Data sets: github.com/takuseno/d4rl-pybullet. Settings: below, or as flags (--help).
 """
 
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
+import datetime
 import functools
+import importlib.util
 import io
 import itertools
-import logging
 import math
 import multiprocessing
 import os
@@ -37,7 +30,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,14 +41,12 @@ import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.adam import adam
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ settings
 EnvId = Literal["HalfCheetahBulletEnv-v0", "HopperBulletEnv-v0", "Walker2DBulletEnv-v0", "AntBulletEnv-v0"]
 Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -68,15 +58,14 @@ class Config:
     dataset: str = "halfcheetah-bullet-medium-v0"  # one of the 12 ids, or the path of an .hdf5 file (with env_id)
     env_id: EnvId | None = None  # the environment of an .hdf5 file
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of networks, batches, off-data actions and evaluation episodes
-    # CIQL
-    gamma: Fraction = 0.99  # discount
+    # CIQL and its networks
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.99  # discount
     tau: Annotated[float, Field(gt=0, lt=1)] = 0.8  # expectile of V; 0.5 is the mean, towards 1 the best action
     beta: Weight = 1.0  # inverse temperature of the policy weights; 0 gives behaviour cloning
     alpha: Weight = 1.0  # weight of the conservative penalty; 0 gives IQL
-    num_neg: Annotated[int, Field(ge=0)] = 10  # off-data actions a state in the penalty
-    polyak: Annotated[Fraction, Field(gt=0)] = 0.005  # share of the critic that moves into its target each step
+    num_neg: Count = 10  # off-data actions a state in the penalty
+    polyak: Annotated[float, Field(gt=0, le=1)] = 0.005  # share of the critic that moves into its target each step
     max_weight: Annotated[Weight, Field(ge=1)] = 100.0  # cap of the policy weights exp(beta * adv)
-    # Networks
     hidden_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)  # ReLU layers of every network
     min_log_std: Annotated[float, Field(ge=-20, le=0)] = -5.0  # floor of the policy's log standard deviation
     # Schedule
@@ -98,19 +87,13 @@ class Config:
     evaluate: Path | None = None  # train nothing: play eval_episodes episodes of the policy in this run folder
 
     def __post_init__(self) -> None:
-        if self.alpha > 0 and self.num_neg == 0:
-            raise InputError("num_neg is 0, but must be at least 1 while alpha > 0")
-        if self.dataset not in DOWNLOAD_URLS and Path(self.dataset).suffix not in (".hdf5", ".h5"):
-            ids = ", ".join(DOWNLOAD_URLS)
-            raise InputError(f"dataset is {self.dataset}, but must be an .hdf5 file or one of {ids}")
-        if self.dataset not in DOWNLOAD_URLS and not self.env_id:
-            raise InputError(f"env_id is not set, but must name the environment that {self.dataset} was recorded in")
+        if self.dataset not in DOWNLOAD_URLS and not (self.env_id and Path(self.dataset).suffix in (".hdf5", ".h5")):
+            raise InputError(f"dataset is {self.dataset}, but must be an .hdf5 file, with env_id, or one of {DATASETS}")
 
     @property
     def robot(self) -> "Robot":
-        """The robot of the data set."""
-        by_environment = {robot.env_id: robot for robot in ROBOTS.values()}
-        return by_environment[self.env_id] if self.env_id else ROBOTS[self.dataset.split("-")[0]]
+        key = self.env_id or self.dataset.split("-")[0]
+        return next(robot for name, robot in ROBOTS.items() if key in (name, robot.env_id))
 
 
 class InputError(ValueError):
@@ -128,20 +111,14 @@ class Transitions(NamedTuple):
     terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or met the time limit
 
 
-Rows = dict[str, np.ndarray]  # the columns of a file as they are stored, N rows, float32
-
-
-def read_transitions(file: str | Path | Rows, max_episode_steps: int = 1000) -> Transitions:
-    """The transitions of a d4rl-pybullet HDF5 file, given by its path or its rows.
+def read_transitions(file: str | Path | dict[str, np.ndarray], max_episode_steps: int = 1000) -> Transitions:
+    """The transitions of a d4rl-pybullet file, given by its path or its rows. Raises InputError if it holds none.
 
     Row i of the file holds (observation_i, action_i, r, d) where r and d arrived WITH observation_i, from the step
     before. So the transition that starts in row i takes its reward and its end from row i + 1. An episode of T steps
     closes with an extra row (last observation, zero action, terminal 1): T + 1 rows, of which the last starts no
     transition. Nor does the last row of a file cut in mid-episode. Terminal is 1 at the time limit as well: an
     episode of ``max_episode_steps`` steps was cut, not ended, and its last transition is no termination.
-
-    Returns one row a transition, on the CPU. Raises InputError for a file that holds no usable data.
-    Format: github.com/takuseno/d4rl-pybullet.
     """
     rows = file if isinstance(file, dict) else read_rows(file)[0]
     end_row = rows["terminals"] == 1
@@ -155,47 +132,32 @@ def read_transitions(file: str | Path | Rows, max_episode_steps: int = 1000) -> 
 
 
 # ------------------------------------------------------------------------------------------------ networks
-class MLP(nn.Sequential):
-    """Linear layers with ReLU between: (B, inputs) -> (B, outputs)."""
-
-    def __init__(self, inputs: int, hidden_sizes: Sequence[int], outputs: int) -> None:
-        layers: list[nn.Module] = []
-        for size_in, size_out in itertools.pairwise([inputs, *hidden_sizes, outputs]):
-            layers += [nn.Linear(size_in, size_out), nn.ReLU()]
-        super().__init__(*layers[:-1])
-        self.fused = prefers_onednn()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.fused and x.is_cpu and x.dim() == 2):
-            return super().forward(x)
-        *hidden, last = (layer for layer in self if isinstance(layer, nn.Linear))
-        for layer in hidden:
-            x = LinearReLU.apply(x, layer.weight, layer.bias)
-        return last(x)
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers of these sizes with ReLU between: (B, sizes[0]) -> (B, sizes[-1])."""
+    layers = [layer for size, size_out in itertools.pairwise(sizes) for layer in (nn.Linear(size, size_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 class ValueNetwork(nn.Module):
-    """V(s)."""
+    """V(s): (B, observation_dim) -> (B,)."""
 
     def __init__(self, observation_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.v = MLP(observation_dim, hidden_sizes, 1)
+        self.v = mlp(observation_dim, *hidden_sizes, 1)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """(B, observation_dim) -> (B,)."""
         return self.v(observations).squeeze(-1)
 
 
 class DoubleQNetwork(nn.Module):
-    """Q1(s, a) and Q2(s, a)."""
+    """Q1(s, a) and Q2(s, a): (B, observation_dim), (B, action_dim) -> two (B,)."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.q1 = MLP(observation_dim + action_dim, hidden_sizes, 1)
-        self.q2 = MLP(observation_dim + action_dim, hidden_sizes, 1)
+        self.q1 = mlp(observation_dim + action_dim, *hidden_sizes, 1)
+        self.q2 = mlp(observation_dim + action_dim, *hidden_sizes, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, observation_dim), (B, action_dim) -> two (B,)."""
         inputs = torch.cat([observations, actions], -1)
         return self.q1(inputs).squeeze(-1), self.q2(inputs).squeeze(-1)
 
@@ -203,16 +165,13 @@ class DoubleQNetwork(nn.Module):
 class GaussianPolicy(nn.Module):
     """π(a|s) = N(tanh(μ(s)), σ²), with one σ an action dimension, as in IQL. It acts with its mean, tanh(μ(s))."""
 
-    observation_mean: Tensor
-    observation_std: Tensor
-
     def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.mu = MLP(observation_dim, hidden_sizes, action_dim)
+        self.mu = mlp(observation_dim, *hidden_sizes, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
         # what the training data were normalised with, so that a policy acts on the simulator's own observations
-        self.register_buffer("observation_mean", torch.zeros(observation_dim))
-        self.register_buffer("observation_std", torch.ones(observation_dim))
+        self.observation_mean = nn.Buffer(torch.zeros(observation_dim))
+        self.observation_std = nn.Buffer(torch.ones(observation_dim))
 
     def forward(self, observations: Tensor) -> Tensor:
         """Mean actions: normalised observations (B, observation_dim) -> (B, action_dim) in [-1, 1]."""
@@ -238,7 +197,7 @@ def expectile_loss(diff: Tensor, tau: float) -> Tensor:
 
 def conservative_penalty(q_neg: Tensor, q_data: Tensor) -> Tensor:
     """ReLU(E_ā Q(s,ā) − E_a Q(s,a)): (B · num_neg,), (B,) -> (), of one critic. CQL's gap, clamped at zero."""
-    return F.relu(q_neg.mean() - q_data.mean())
+    return torch.relu(q_neg.mean() - q_data.mean())
 
 
 def awr_weights(advantage: Tensor, beta: float, max_weight: float) -> Tensor:
@@ -247,38 +206,32 @@ def awr_weights(advantage: Tensor, beta: float, max_weight: float) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------- agent
-# what a step reports, each a mean over the batch
-Metrics = dict[str, Tensor]
+Metrics = dict[str, Tensor]  # what a step reports, each a mean over the batch
 METRICS = ("value_loss", "q_loss", "policy_loss", "penalty", "q", "v", "advantage", "clamp_open", "policy_std")
 NETWORKS = ("policy", "value", "critic", "target_critic")
 ADAM = ("exp_avgs", "exp_avg_sqs", "adam_steps")
+ON_AMD = os.path.exists("/proc/cpuinfo") and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 
 
 class CIQL:
     """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step."""
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
-        self.config = config
-        self.device = find_device(config.device)
+        self.config, self.device = config, find_device(config.device)
         self.on_cpu = self.device.type == "cpu"
-        sizes = config.hidden_sizes
-        self.policy = GaussianPolicy(observation_dim, action_dim, sizes).to(self.device)
-        self.value = ValueNetwork(observation_dim, sizes).to(self.device)
-        self.critic = DoubleQNetwork(observation_dim, action_dim, sizes).to(self.device)
+        self.policy = GaussianPolicy(observation_dim, action_dim, config.hidden_sizes).to(self.device)
+        self.value = ValueNetwork(observation_dim, config.hidden_sizes).to(self.device)
+        self.critic = DoubleQNetwork(observation_dim, action_dim, config.hidden_sizes).to(self.device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.parameters: list[Tensor] = [p for net in (self.policy, self.value, self.critic) for p in net.parameters()]
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
-        self.exp_avgs = [torch.zeros_like(p) for p in self.parameters]  # Adam's state
-        self.exp_avg_sqs = [torch.zeros_like(p) for p in self.parameters]
+        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))  # Adam's
         self.adam_steps = [torch.zeros((), device=self.device) for _ in self.parameters]
         self.clamp_open = False  # was it at the last step?
 
-    def losses(self, batch: Transitions, negative_actions: Tensor, open_clamp: bool) -> tuple[Tensor, Metrics]:
-        """The sum of the three losses, and each with the figures worth a log line. All scalars.
-
-        With ``open_clamp`` false the penalty enters as a number without a gradient.
-        """
+    def gradients(self, batch: Transitions, negative_actions: Tensor, open_clamp: bool) -> tuple[Any, Metrics]:
+        """Gradients of the three losses, those of the penalty if ``open_clamp``, and figures for the log."""
         c, (s, a, r, s_next, terminated) = self.config, batch
         with torch.no_grad():
             q_bar = torch.minimum(*self.target_critic(s, a))
@@ -302,27 +255,22 @@ class CIQL:
         q, clamp_open, policy_std = (q1.mean() + q2.mean()) / 2, (penalty > 0).float(), self.policy.log_std.exp().mean()
         figures = (value_loss, q_loss, policy_loss, penalty, q, v.mean(), advantage.mean(), clamp_open, policy_std)
         metrics = {name: figure.detach() for name, figure in zip(METRICS, figures, strict=True)}
-        return value_loss + q_loss + policy_loss, metrics
-
-    def gradients(self, batch: Transitions, negative_actions: Tensor, open_clamp: bool) -> tuple[Any, Metrics]:
-        """Gradients of ``losses`` for every parameter: one backward pass, as no loss reaches another's network."""
-        loss, metrics = self.losses(batch, negative_actions, open_clamp)
-        return torch.autograd.grad(loss, self.parameters), metrics
+        # one backward pass, as no loss reaches another's network
+        return torch.autograd.grad(value_loss + q_loss + policy_loss, self.parameters), metrics
 
     def update(self, batch: Transitions) -> Metrics:
         """One gradient step on B transitions (observations normalised); returns the losses, scalars on the device."""
-        num_neg = self.config.num_neg if self.config.alpha > 0 else 0
-        negative_actions = torch.rand(len(batch.actions), num_neg, batch.actions.shape[1], device=self.device) * 2 - 1
-        if self.on_cpu and self.config.alpha > 0:
-            # ReLU'(x) = 0 for x <= 0: with the clamp closed, leaving out the penalty's backward pass (over half of the
-            # work) is exact. Start from what the last step found, and go again if an open clamp was taken for closed.
-            gradients, metrics = self.gradients(batch, negative_actions, self.clamp_open)
-            is_open = bool(metrics["penalty"] > 0)
-            if is_open and not self.clamp_open:
+        c = self.config
+        size = len(batch.actions), c.num_neg * (c.alpha > 0), batch.actions.shape[1]
+        negative_actions = torch.rand(size, device=self.device) * 2 - 1
+        # ReLU'(x) = 0 for x <= 0: with the clamp closed, leaving out the penalty's backward pass, over half of the work,
+        # is exact. Take it as the last step found it; go again if that was wrong. On CUDA the branch would cost a wait.
+        open_clamp = self.clamp_open or not self.on_cpu
+        gradients, metrics = self.gradients(batch, negative_actions, open_clamp)
+        if self.on_cpu and c.alpha > 0:
+            self.clamp_open = bool(metrics["penalty"] > 0)
+            if self.clamp_open and not open_clamp:
                 gradients, metrics = self.gradients(batch, negative_actions, True)
-            self.clamp_open = is_open
-        else:  # on CUDA a branch would make the host wait for the device
-            gradients, metrics = self.gradients(batch, negative_actions, True)
         self.apply(gradients)
         return metrics
 
@@ -356,35 +304,30 @@ class CIQL:
         return self.update(Transitions(*(column[index] for column in data)))
 
     def compiled_step(self, data: Transitions) -> Callable[[Transitions], Metrics]:
-        """``step`` under torch.compile; or as it is, with a line that says why, where that fails. Leaves no trace.
-
-        On CUDA it is one graph. On the CPU it breaks at the branch on the clamp, and ``apply`` stays as it is.
-        """
+        """``step`` by torch.compile; or as it is, with a line that says why, where that fails."""
         torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
-        torch._dynamo.config.trace_autograd_ops = True  # the backward pass in the graph of the step
+        torch._dynamo.config.trace_autograd_ops = True  # the backward pass in the graph
         torch._inductor.config.fallback_random = True  # the eager step's random numbers
-        torch._logging.set_logs(dynamo=logging.ERROR)  # no warning that the branch on the clamp breaks the graph
         torch._inductor.config.cpp_wrapper = self.on_cpu  # no Python between the kernels
-        if self.on_cpu and prefers_onednn():
+        if self.on_cpu and ON_AMD and torch.backends.mkldnn.is_available():
             compile_onednn()
-        if self.on_cpu:  # the kernels of ``apply`` beat what the compiler makes of it
-            self.apply = torch.compiler.disable(self.apply)  # type: ignore[method-assign]
-        step = torch.compile(self.step, fullgraph=not self.on_cpu)
-        before = copy.deepcopy(self.state_dict())
-        with torch.random.fork_rng():
-            try:
-                step(data)
-            except Exception as error:  # noqa: BLE001  (any of the compiler's; a bug of ours comes up again eagerly)
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
-                step = self.step
-        self.load_state_dict(before)
-        return step
+        c, gradients = self.config, torch.compile(self.gradients, fullgraph=True)
+        batch = Transitions(*(column[[0] * c.batch_size] for column in data))
+        negative_actions = batch.actions.new_zeros(c.batch_size, c.num_neg * (c.alpha > 0), batch.actions.shape[1])
+        try:
+            gradients(batch, negative_actions, False)
+        except Exception as error:  # noqa: BLE001  (any of the compiler's; a bug of ours comes up again eagerly)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
+            return self.step
+        self.gradients = gradients  # type: ignore[method-assign]
+        # on the CPU the kernels of ``apply`` beat what the compiler makes of it; on CUDA the step is one graph
+        return self.step if self.on_cpu else torch.compile(self.step, fullgraph=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but for the random state."""
         networks = {name: getattr(self, name).state_dict() for name in NETWORKS}
-        return networks | {name: getattr(self, name) for name in ADAM} | {"clamp_open": self.clamp_open}
+        return networks | {name: getattr(self, name) for name in (*ADAM, "clamp_open")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in NETWORKS:
@@ -394,48 +337,21 @@ class CIQL:
         self.clamp_open = state["clamp_open"]
 
 
-# -------------------------------------------------------------------------------------------- fast products
-def prefers_onednn() -> bool:
-    """Is oneDNN, which comes with torch, the faster library for products? On AMD: there torch's own, MKL, goes slow."""
-    is_amd = os.path.exists("/proc/cpuinfo") and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    return is_amd and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-
-
-def product(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "none") -> Tensor:
-    """activation(x wᵀ + b) in one call of oneDNN, float32: (M, K), (N, K), (N,) -> (M, N); w may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, b, activation, [], "")
-
-
-class LinearReLU(torch.autograd.Function):
-    """ReLU(x wᵀ + b): (B, I), (O, I), (O,) -> (B, O), its three products by oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
-        y = product(x, w, b, "relu")
-        ctx.save_for_backward(x, w, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
-        x, w, y = ctx.saved_tensors
-        grad = grad_y * (y > 0)
-        return product(grad, w.t()) if ctx.needs_input_grad[0] else None, product(grad.t(), x.t()), grad.sum(0)
-
-
+@functools.cache
 def compile_onednn() -> None:
-    """Have torch.compile call ``product`` as it is: its own rule for this operator takes constant weights only."""
+    """Have torch.compile take oneDNN for (M, K) x (K, N) in float32: MKL, torch's usual library, is slow on AMD."""
     from torch._inductor import config, ir, lowering, mkldnn_ir
 
-    def lower(x: Any, w: Any, b: Any, activation: str, scalars: Any, algorithm: str) -> Any:
-        call = mkldnn_ir.LinearUnary
-        x, w = call.require_contiguous(call.realize_input(x)), call.realize_input(w)
-        tensors = [x, w] if b is None else [x, w, call.realize_input(b)]
-        constants = [None, activation, [-1], algorithm][b is not None :]
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], w.get_size()[0]])
-        return ir.TensorBox.create(mkldnn_ir._create_output_node(call(layout, tensors, constants)))
+    rules, mm, addmm = lowering.lowerings, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 
-    lowering.lowerings[torch.ops.mkldnn._linear_pointwise.default] = lower
-    config.pattern_matcher = False  # nor fuse it with what follows, by another such rule
+    def by_onednn(x: Any, w: Any) -> Any:
+        call = mkldnn_ir.LinearUnary  # which takes w transposed, as a view too
+        x, w = call.require_contiguous(call.realize_input(x)), call.realize_input(lowering.permute(w, [1, 0]))
+        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], w.get_size()[0]])
+        return ir.TensorBox.create(mkldnn_ir._create_output_node(call(layout, [x, w], [None, "none", [-1], ""])))
+
+    rules[mm], rules[addmm] = by_onednn, lambda b, x, w: lowering.add(by_onednn(x, w), b)
+    config.pattern_matcher = False  # which would make some of them MKL's again
 
 
 # ---------------------------------------------------------------------------------------------- data files
@@ -452,44 +368,35 @@ class Robot(NamedTuple):
         return 100 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
 
 
-# Random: published mean of the random set (ant: measured in today's simulator, the published 10.4 is of another
-# dynamics). Expert: stable-baselines3's agents, d4rl-pybullet issue 2.
+# Random: published means (ant: measured; its dynamics have changed). Expert: stable-baselines3, d4rl-pybullet issue 2.
 ROBOTS = {
     "halfcheetah": Robot("HalfCheetahBulletEnv-v0", (26, 6), -1304.0, 3000.0),
     "hopper": Robot("HopperBulletEnv-v0", (15, 3), 18.6, 2500.0),
     "walker2d": Robot("Walker2DBulletEnv-v0", (22, 6), 15.0, 2500.0),
     "ant": Robot("AntBulletEnv-v0", (28, 8), 432.0, 3300.0),
 }
-PUBLISHED = {  # by d4rl-pybullet: keys of the random, the medium and the mixed file
-    "halfcheetah": ("jnvpb1hp60zt2ak", "v4xgssp1w968a9l", "scj1rqun963aw90"),
-    "hopper": ("bino8ojd7iq4p4d", "w22kgzldn6eng7j", "xv3p0h7dzgxt8xb"),
-    "walker2d": ("1gwcfl2nmx6878m", "v0f2kz48b1hw6or", "i4u2ii0d85iblou"),
-    "ant": ("2xpmh4wk2m7i8xh", "6n79kwd94xthr1t", "pmy3dzab35g4whk"),
-}
+DATASETS = [f"{robot}-bullet-{kind}-v0" for robot in ROBOTS for kind in ("random", "medium", "mixed")]
+KEYS = """jnvpb1hp60zt2ak v4xgssp1w968a9l scj1rqun963aw90 bino8ojd7iq4p4d w22kgzldn6eng7j xv3p0h7dzgxt8xb
+1gwcfl2nmx6878m v0f2kz48b1hw6or i4u2ii0d85iblou 2xpmh4wk2m7i8xh 6n79kwd94xthr1t pmy3dzab35g4whk"""  # in that order
 DOWNLOAD_URLS = {
-    f"{robot}-bullet-{kind}-v0": f"https://www.dropbox.com/s/{key}/{robot}-bullet-{kind}-v0.hdf5?dl=1"
-    for robot, keys in PUBLISHED.items()
-    for kind, key in zip(("random", "medium", "mixed"), keys, strict=True)
+    name: f"https://www.dropbox.com/s/{key}/{name}.hdf5?dl=1" for name, key in zip(DATASETS, KEYS.split(), strict=True)
 }
 SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected, they stand in for want of a network
 NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
 
 
-def read_rows(path: str | Path, dims: tuple[int, ...] | None = None) -> tuple[Rows, str]:
-    """Read and check a d4rl-pybullet file: its columns, and how it was re-collected ("": a published file).
+def read_rows(path: str | Path, dims: tuple[int, ...] | None = None) -> tuple[dict[str, np.ndarray], str]:
+    """Read and check a d4rl-pybullet file: its columns (N, ...), float32, and how it was re-collected (or "").
 
-    ``dims`` is (observation_dim, action_dim) of the environment that the data must fit.
-    Raises InputError, naming file and key, for a file that cannot be read or holds no usable data.
+    ``dims`` is (observation_dim, action_dim) of the environment it must fit. Raises InputError, naming file and key.
     """
     keys = ("observations", "actions", "rewards", "terminals")
     try:
         with h5py.File(path) as file:
-            if missing := [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]:
-                raise InputError(f"{path}: the key '{missing[0]}' is missing; is it a d4rl-pybullet file?")
             s, a, r, d = (file[key].astype(np.float32)[()] for key in keys)
             source = str(file.attrs.get("source", ""))
-    except (OSError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as HDF5 numbers ({error}); is it a whole file?") from error
+    except (OSError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); is it a whole d4rl-pybullet HDF5 file?") from error
     r, d = (column[:, 0] if column.shape[1:] == (1,) else column for column in (r, d))  # stored as (N, 1) or (N,)
     rows, own = dict(zip(keys, (s, a, r, d), strict=True)), (*s.shape[1:], *a.shape[1:])
     fit = s.ndim == a.ndim == 2 and r.shape == d.shape == s.shape[:1] == a.shape[:1]
@@ -507,7 +414,7 @@ def read_rows(path: str | Path, dims: tuple[int, ...] | None = None) -> tuple[Ro
     return rows, source
 
 
-def episode_returns(rows: Rows) -> np.ndarray:
+def episode_returns(rows: dict[str, np.ndarray]) -> np.ndarray:
     """Undiscounted returns (E,) of the whole episodes."""
     end = np.flatnonzero(rows["terminals"] == 1)
     start = np.concatenate([[0], end[:-1] + 1])[: len(end)]
@@ -525,22 +432,19 @@ def load_dataset(config: Config) -> tuple[Transitions, np.ndarray, str]:
     say(f"       {len(data.rewards):,} transitions, {int(data.terminations.sum()):,} of them terminations")
     if published and source:
         say(f"NOTE   this is not the published {config.dataset}, but {source}")
-    elif published and config.dataset.startswith("ant-"):
-        say("NOTE   the published ant files were recorded under other dynamics (random: 10) than today's (random: 432)")
     return data, returns, " (re-collected, not the published file)" if published and source else ""
 
 
 def find_dataset(dataset: str) -> Path:
     """The file of ``dataset``, a path or one of the 12 ids: from the cache, the network or the embedded samples."""
+    if dataset not in DOWNLOAD_URLS:
+        return Path(dataset)
     cached = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / f"{dataset}.hdf5"
-    if dataset not in DOWNLOAD_URLS or cached.exists():
-        return cached if dataset in DOWNLOAD_URLS else Path(dataset)
     import pooch
 
     def fetch(url: str, part: str, _: object) -> None:
         """Fill a temporary file, which pooch renames to ``cached`` if it is whole and fits the environment."""
-        options: dict[str, Any] = {"progressbar": sys.stderr.isatty(), "chunk_size": 1 << 20}
-        pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, **options)(url, part, None)
+        pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, progressbar=sys.stderr.isatty())(url, part, None)
         read_rows(part, ROBOTS[dataset.split("-")[0]].dims)
 
     os.environ.setdefault("RES_OPTIONS", "timeout:4 attempts:1")  # looking up a host has no other time-out
@@ -553,38 +457,32 @@ def find_dataset(dataset: str) -> Path:
         if sample.exists():
             say(f"NOTE   {cause}")
             return sample
-        rebuild = f"python data/make_bullet_dataset.py --id {dataset}"
-        raise InputError(f"{cause}; download {url} and put it at {cached}, or re-collect it: {rebuild}") from error
+        remedy = f"download {url} to {cached}, or re-collect it: python data/make_bullet_dataset.py --id {dataset}"
+        raise InputError(f"{cause}; {remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
-def play_episode(policy: bytes, env_id: str, seed: int, film: Path | None = None) -> float:
-    """The undiscounted return of one episode: a pure function of the (pickled) policy, environment and seed.
-
-    ``film`` is written as an animated GIF of its first 600 steps, in real time, headless.
-    """
+def play_episode(policy: bytes, env_id: str, seed: int, film: Path | Literal[False] = False) -> float:
+    """Undiscounted return of an episode: a pure function of (pickled) policy and seed; ``film``: a GIF of 600 steps."""
     import gymnasium
     import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
     from PIL import Image
 
     actor: GaussianPolicy = pickle.loads(policy)
-    # afresh (20 ms), so that no episode depends on the ones before it
-    env: Any = gymnasium.make(env_id, render_mode="rgb_array" if film else None)
+    env: Any = gymnasium.make(env_id, render_mode="rgb_array" if film else None)  # afresh, 20 ms: free of the last one
     env.reset(seed=seed)  # the first episode of an environment is off by a constant: reset and throw it away
     observation, _ = env.reset(seed=seed)
-    total, frames = 0.0, []
+    total, gif = 0.0, []
     for t in itertools.count():
         if film and t < 600 and t % 3 == 0:  # the simulator's 60 steps a second, at 20 frames a second
-            frames.append(Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE))
+            gif.append(Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE))
         observation, reward, terminated, truncated, _ = env.step(actor.act(observation))
         total += float(reward)
         if terminated or truncated:
             break
     env.close()
     if film:
-        content = io.BytesIO()
-        frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
-        write_whole(film, content.getvalue())
+        write_whole(film, lambda f: gif[0].save(f, "GIF", save_all=True, append_images=gif[1:], duration=50, loop=0))
     return total
 
 
@@ -598,11 +496,9 @@ class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
         self.submit(os.getpid)  # starts them
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
-    def play(self, policy: GaussianPolicy, step: int, film: Path | None = None) -> dict[str, float]:
-        """Evaluate ``policy`` as it is after ``step``, print a line, and return the evaluation's columns of metrics.csv.
-
-        The seeds of the episodes are new ones at each step, and the same ones in every run of a seed.
-        """
+    def play(self, policy: GaussianPolicy, step: int, film: Path | Literal[False] = False) -> dict[str, float]:
+        """Evaluate ``policy`` as it is after ``step``, print a line, and return its columns of metrics.csv."""
+        # new episodes at each step, and the same ones in every run of a seed
         seeds = np.random.SeedSequence([self.config.seed, step]).generate_state(self.config.eval_episodes).tolist()
         episode = functools.partial(play_episode, pickle.dumps(copy.deepcopy(policy).cpu()), self.config.robot.env_id)
         returns = list(self.map(episode, seeds))
@@ -612,46 +508,35 @@ class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
         if film:
             self.submit(episode, seeds[0], film).result()
             say(f"film   {film}")
-        columns = {f"return_{n}": value for n, value in enumerate(returns, start=1)}
-        return {"return_mean": mean, "return_std": std, "score": score} | columns
+        row = {"return_mean": mean, "return_std": std, "score": score}
+        return row | {f"return_{n}": value for n, value in enumerate(returns, start=1)}
 
 
 def start_worker() -> None:
     """Prepare a process of the pool: one thread, silent, and gone with its parent."""
     torch.set_num_threads(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # the simulator prints from C; our errors travel to the parent as exceptions
-    os.dup2(nowhere, 2)
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+    for stream in (1, 2):  # the simulator prints from C; our errors travel to the parent as exceptions
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # --------------------------------------------------------------------------------------------- run, picture
-def say(line: str) -> None:
-    """Print one line of the log on stdout, above a progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
+say = tqdm.write  # a line of the log on stdout, above a progress bar if there is one
+SETTINGS = pydantic.TypeAdapter(Config)  # to JSON and back; what another version's run lacks takes its default
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside ``path`` and rename, so that at any time ``path`` is the old file or the new one, whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(path: Path, write: Callable[[io.BytesIO], object]) -> None:
+    """Save what ``write`` writes beside ``path``, then rename: ``path`` is at any time the old file or the new one."""
+    content, part = io.BytesIO(), path.with_name(f".{path.name}.{os.getpid()}")
+    write(content)  # in memory first: torch.save to a full disk raises anything
     try:
         with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
+            file.write(content.getbuffer())
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    finally:
         part.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}); make room, then --resume the run") from error
-
-
-SETTINGS = pydantic.TypeAdapter(Config)  # to JSON and back; what another version's run lacks takes its default
 
 
 class Run:
@@ -660,108 +545,69 @@ class Run:
     def __init__(self, config: Config, agent: CIQL, checkpoint: dict[str, Any] | None) -> None:
         self.config, self.agent, self.step = config, agent, 0
         self.rows: list[dict[str, float]] = []  # of metrics.csv: one a log line or evaluation
-        self.sums, self.count = [torch.zeros((), device=agent.device) for _ in METRICS], 0  # since the last log line
+        self.sums = [torch.zeros((), device=agent.device) for _ in METRICS]  # since the last log line
         if checkpoint:
-            self.step, self.rows, self.count = checkpoint["step"], checkpoint["rows"], checkpoint["meter"]["count"]
+            self.step, self.rows = checkpoint["step"], checkpoint["rows"]
             torch._foreach_copy_(self.sums, checkpoint["meter"]["sums"])
             agent.load_state_dict(checkpoint["agent"])
             torch.set_rng_state(checkpoint["random_state"])
-            if not agent.on_cpu:
-                torch.cuda.set_rng_state_all(checkpoint["cuda_random_states"])
-        start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
-        self.folder = config.resume or config.out_dir / f"{Path(config.dataset).stem}-seed{config.seed}-{start}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"out_dir is {config.out_dir}, which cannot be written ({error.strerror})") from error
-        write_whole(self.folder / "config.json", SETTINGS.dump_json(config, indent=2))
+            torch.cuda.set_rng_state_all([] if agent.on_cpu else checkpoint["cuda_random_states"])
+        name = f"{Path(config.dataset).stem}-seed{config.seed}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.folder = config.resume or config.out_dir / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "config.json", lambda file: file.write(SETTINGS.dump_json(config, indent=2)))
         episodes = (f"return_{n}" for n in range(1, config.eval_episodes + 1))
-        self.columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
-        header = ",".join(self.columns) + "\n"
-        write_whole(self.folder / "metrics.csv", (header + "".join(map(self.csv_line, self.rows))).encode())
-        settings, self.wandb = {name: str(value) for name, value in dataclasses.asdict(config).items()}, None
+        columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
+        file = open(self.folder / "metrics.csv", "w", buffering=1)  # noqa: SIM115  (open as long as the run)
+        self.csv = csv.DictWriter(file, columns, lineterminator="\n")
+        self.csv.writeheader()
+        self.csv.writerows(self.rows)
         if config.wandb_project:
             import wandb
 
             own: dict[str, Any] = {"project": config.wandb_project, "id": self.folder.name, "dir": self.folder}
-            quiet = wandb.Settings(silent=True)
-            self.wandb = wandb.init(**own, config=settings, resume="allow", sync_tensorboard=True, settings=quiet)
+            own |= {"config": SETTINGS.dump_python(config, mode="json"), "settings": wandb.Settings(silent=True)}
+            wandb.init(**own, resume="allow", reinit="finish_previous", sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
 
         self.board = SummaryWriter(self.folder, purge_step=self.step + 1)  # hides what an earlier process wrote later
-        for summary in hparams(settings, {"evaluation/return_mean": 0.0}):
-            self.board._get_file_writer().add_summary(summary)
-
-    def csv_line(self, row: dict[str, float]) -> str:
-        return ",".join(str(row.get(name, "")) for name in self.columns) + "\n"
-
-    def record(self, row: dict[str, float]) -> None:
-        """Add a row to metrics.csv and TensorBoard."""
-        self.rows.append({"step": self.step} | row)
-        try:
-            with open(self.folder / "metrics.csv", "a") as file:
-                file.write(self.csv_line(self.rows[-1]))
-            for name, value in row.items():
-                group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
-                self.board.add_scalar(f"{group}/{name}", value, self.step)
-            self.board.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self.folder} cannot be written ({error.strerror}); make room, then --resume it"
-            ) from error
-
-    def add(self, metrics: Metrics) -> None:
-        """Take in the metrics of one more step, on the device: nothing waits for it but a log line."""
-        torch._foreach_add_(self.sums, list(metrics.values()))
-        self.step, self.count = self.step + 1, self.count + 1
 
     def log(self, steps_per_second: float) -> dict[str, float]:
         """Print the mean losses since the last log line, and start anew; returns their columns of metrics.csv."""
-        self.check_finite()
-        row = dict(zip(METRICS, (torch.stack(self.sums) / self.count).tolist(), strict=True))
+        row = dict(zip(METRICS, (torch.stack(self.sums) / self.config.log_interval).tolist(), strict=True))
         losses = f"V {row['value_loss']:.4f}  Q {row['q_loss']:.4f}  policy {row['policy_loss']:.3f}"
         values = f"penalty {row['penalty']:.4f}  mean Q {row['q']:.2f}  {steps_per_second:.0f} steps/s"
         say(f"step {self.step:>9,}  {losses}  {values}")
         torch._foreach_zero_(self.sums)
-        self.count = 0
         return row | {"steps_per_second": steps_per_second}
 
-    def check_finite(self) -> None:
-        """Raise FloatingPointError if a loss since the last log line, or a weight, is NaN or infinite."""
-        bad = [name for name, total in zip(METRICS, self.sums, strict=True) if not total.isfinite()]
-        bad += [] if all(p.isfinite().all() for p in self.agent.parameters) else ["a weight"]
-        if bad:
-            span = f"within the {self.count} steps up to step {self.step:,}"
-            raise FloatingPointError(f"{bad[0]} became NaN or infinite {span}; lower lr")
+    def record(self, row: dict[str, float]) -> None:
+        """Add a row to metrics.csv and TensorBoard."""
+        self.rows.append({"step": self.step} | row)
+        self.csv.writerow(self.rows[-1])
+        for name, value in row.items():
+            group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
+            self.board.add_scalar(f"{group}/{name}", value, self.step)
+        self.board.flush()
 
     def save(self, checksum: int) -> None:
         """Write checkpoint.pt: all that the steps to come depend on."""
-        self.check_finite()
         checkpoint = {
-            "config": SETTINGS.dump_json(self.config).decode(),
-            "step": self.step,
-            "rows": self.rows,
-            "agent": self.agent.state_dict(),
-            "meter": {"sums": self.sums, "count": self.count},
+            "config": SETTINGS.dump_json(self.config).decode(), "checksum": checksum, "step": self.step,
+            "rows": self.rows, "meter": {"sums": self.sums}, "agent": self.agent.state_dict(),
             "random_state": torch.get_rng_state(),
             "cuda_random_states": [] if self.agent.on_cpu else torch.cuda.get_rng_state_all(),
-            "checksum": checksum,
-        }
-        content = io.BytesIO()  # torch.save to a full disk raises anything
-        torch.save(checkpoint, content)
-        write_whole(self.folder / "checkpoint.pt", content.getvalue())
+        }  # fmt: skip
+        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint in a run folder, on the CPU. Raises InputError if there is none or it cannot be read."""
     path = folder / "checkpoint.pt"
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        cause = error.strerror if isinstance(error, OSError) else "is it damaged?"
-        raise InputError(f"{path} cannot be read ({cause}); name the folder of a run evaluated once") from error
+        raise InputError(f"{path} cannot be read ({type(error).__name__}); name the folder of a run") from error
 
 
 def load_policy(run: str | Path | dict[str, Any]) -> GaussianPolicy:
@@ -781,29 +627,17 @@ def evaluations(rows: Sequence[dict[str, float]]) -> tuple[np.ndarray, np.ndarra
 
 
 def draw(config: Config, rows: Sequence[dict[str, float]], data_returns: np.ndarray, note: str) -> None:
-    """Write the picture: evaluation returns with their references, and the losses, against gradient steps."""
+    """Write the picture: evaluation returns against gradient steps, with their references."""
     from matplotlib.figure import Figure
 
-    steps, returns = evaluations(rows)
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1))
-    axes, mean, std = parts[0].subplots(), returns.mean(1), returns.std(1)
+    figure, (steps, returns) = Figure(figsize=(9, 5), layout="constrained"), evaluations(rows)
+    axes, mean, std = figure.subplots(), returns.mean(1), returns.std(1)
     axes.plot(steps, mean, "o-", markersize=3, label=f"CIQL, mean of {returns.shape[1]} episodes")
     axes.fill_between(steps, mean - std, mean + std, alpha=0.25, lw=0, label="± standard deviation")
     draw_references(axes, config.robot, data_returns)
-    settings = dataclasses.fields(config)[3:13]  # from gamma to lr
-    changes = [f"{f.name} {getattr(config, f.name)}" for f in settings if getattr(config, f.name) != f.default]
-    title = f"CIQL on {Path(config.dataset).stem}{note}\nseed {config.seed}, {', '.join(changes) or 'default settings'}"
-    parts[0].suptitle(title, fontsize="medium")
-    panels = {"value_loss": "V loss", "q_loss": "Q loss", "policy_loss": "policy loss", "q": "mean Q(s, a)"}
-    logged = [row for row in rows if "q" in row]
-    for panel, (name, label) in zip(parts[1].subplots(1, 4), panels.items(), strict=True):
-        panel.plot([row["step"] / 1000 for row in logged], [row[name] for row in logged], linewidth=1)
-        panel.set(title=label, xlabel="thousand steps")
-        panel.grid(alpha=0.3)
-    content = io.BytesIO()
-    figure.savefig(content, format=config.plot.suffix[1:], dpi=110)
-    write_whole(config.plot, content.getvalue())
+    settings = ", ".join(f"{name} {getattr(config, name)}" for name in ("seed", "alpha", "beta", "tau"))
+    axes.set_title(f"CIQL on {Path(config.dataset).stem}{note}\n{settings}", fontsize="medium")
+    write_whole(config.plot, lambda file: figure.savefig(file, format=config.plot.suffix[1:], dpi=110))
 
 
 def draw_references(axes: Any, robot: Robot, data_returns: np.ndarray) -> None:
@@ -823,17 +657,10 @@ def draw_references(axes: Any, robot: Robot, data_returns: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------------ training
 def check_run(config: Config, checkpoint: dict[str, Any] | None) -> None:
     """Raise InputError for what this machine does not have, or if ``config`` does not go on from ``checkpoint``."""
-    if config.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg")
-    there = next(folder for folder in (config.out_dir / "_").absolute().parents if folder.exists())
-    for name, folder in {"plot": config.plot.parent, "out_dir": there}.items():
-        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            raise InputError(f"{name} is {getattr(config, name)}, but {folder} is no folder that can be written")
-    if config.wandb_project:
-        try:
-            import wandb  # noqa: F401
-        except ImportError as error:
-            raise InputError("wandb_project is set, but wandb is not installed; pip install wandb") from error
+    if config.plot.suffix not in (".png", ".pdf", ".svg") or not os.access(config.plot.parent, os.W_OK | os.X_OK):
+        raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg in a folder that can be written")
+    if config.wandb_project and not importlib.util.find_spec("wandb"):
+        raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
     find_device(config.device)
     if checkpoint:
         saved, now = dataclasses.asdict(SETTINGS.validate_json(checkpoint["config"])), dataclasses.asdict(config)
@@ -856,38 +683,33 @@ def find_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Context in which SIGINT and SIGTERM only join the list it gives; a second one acts as ever."""
+    """Context in which a first SIGINT or SIGTERM only joins the list it gives; a second one acts as ever."""
     caught: list[int] = []
+    with contextlib.ExitStack() as usual_handlers:
 
-    def handle(number: int, frame: object) -> None:
-        caught.append(number)
-        restore()
-        say(f"{signal.Signals(number).name}: finishing the step, then saving; once more stops at once")
+        def handle(number: int, frame: object) -> None:
+            caught.append(number)
+            usual_handlers.close()
+            say(f"{signal.Signals(number).name}: finishing the step, then saving; once more stops at once")
 
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    is_main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be caught
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
-    try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+            for number in (signal.SIGINT, signal.SIGTERM):
+                usual_handlers.callback(signal.signal, number, signal.signal(number, handle))
         yield caught
-    finally:
-        restore()
 
 
-def train(config: Config, report: Callable[..., object] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Train CIQL; prints the log, writes the picture and the run folder.
+def train(config: Config, report: Callable[..., object] = lambda row, folder: None) -> tuple[np.ndarray, np.ndarray]:
+    """Train CIQL, print the log, write the picture and the run folder.
 
     ``report`` is called after every evaluation, once it is saved, with its row of metrics.csv and the run folder.
-    Returns the evaluation steps (E,) and returns (E, eval_episodes). Raises InputError for a bad setting, file or
-    network, FloatingPointError for losses not finite, SystemExit after SIGINT or SIGTERM.
+    Returns evaluation steps (E,) and returns (E, eval_episodes). Raises InputError, OSError for a disk that is full or
+    read-only, FloatingPointError for losses not finite, SystemExit after SIGINT or SIGTERM.
     """
     start = time.perf_counter()
     checkpoint = load_checkpoint(config.resume) if config.resume else None
     check_run(config, checkpoint)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    data, returns, note = load_dataset(config)
+    data, data_returns, note = load_dataset(config)
     checksum = zlib.crc32(data.rewards.numpy().data, zlib.crc32(data.actions.numpy().data))
     if checkpoint and checkpoint["checksum"] != checksum:
         raise InputError(f"{config.dataset} is not the data that {config.resume} was trained on; put that back")
@@ -896,55 +718,41 @@ def train(config: Config, report: Callable[..., object] | None = None) -> tuple[
         agent = CIQL(*config.robot.dims, config)
         data = agent.prepare(data)
         run = Run(config, agent, checkpoint)
-        where = f"{torch.get_num_threads()} threads" if agent.on_cpu else torch.cuda.get_device_name(agent.device)
-        size, compiling = sum(p.numel() for p in agent.parameters), ", compiling the step" if config.compile else ""
-        start_step = f" from step {run.step:,}" if checkpoint else ""
-        say(f"run    {run.folder}{start_step}, {agent.device.type} ({where}), {size:,} parameters{compiling}")
+        where = f"cpu, {torch.get_num_threads()} threads" if agent.on_cpu else torch.cuda.get_device_name(agent.device)
+        say(f"run    {run.folder}, {where}, from step {run.step:,}" + ", compiling the step" * config.compile)
         step_function = agent.compiled_step(data) if config.compile else agent.step
         since, timed = time.perf_counter(), run.step  # of the speed
-        bar = tqdm(range(run.step, config.max_steps), "train", config.max_steps, initial=run.step, disable=None)
-        for _ in bar:
-            run.add(step_function(data))
-            row: dict[str, float] = {}
-            if run.step % config.log_interval == 0:
-                row |= run.log((run.step - timed) / (time.perf_counter() - since))
-                since, timed = time.perf_counter(), run.step
-            pause = time.perf_counter()
-            evaluates, is_last = run.step % config.eval_interval == 0, run.step == config.max_steps
-            if evaluates or is_last:
-                row |= pool.play(agent.policy, run.step, run.folder / "policy.gif" if config.film and is_last else None)
-                bar.set_postfix_str(f"return {row['return_mean']:.0f}")
+        for _ in tqdm(range(run.step, config.max_steps), "train", config.max_steps, initial=run.step, disable=None):
+            torch._foreach_add_(run.sums, list(step_function(data).values()))  # on the device: nothing waits for it
+            run.step += 1
+            is_last = run.step == config.max_steps
+            logs, evaluates = run.step % config.log_interval == 0, run.step % config.eval_interval == 0 or is_last
+            if not (logs or evaluates or stop):
+                continue
+            if not all(x.isfinite().all() for x in (*run.sums, *agent.parameters)):
+                raise FloatingPointError(f"a loss or weight became NaN or infinite up to step {run.step:,}; lower lr")
+            row = run.log((run.step - timed) / (time.perf_counter() - since)) if logs else {}
+            if evaluates:
+                row |= pool.play(agent.policy, run.step, config.film and is_last and run.folder / "policy.gif")
             if row:
                 run.record(row)
-            if evaluates or is_last or stop:
+            if evaluates or stop:
                 run.save(checksum)
-            if "return_mean" in row:
-                draw(config, run.rows, returns, note)
-                if report:
-                    report(run.rows[-1], run.folder)
+            if evaluates:
+                draw(config, run.rows, data_returns, note)
+                report(run.rows[-1], run.folder)
             if stop:
                 say(f"stopped at step {run.step:,}; go on with --resume {run.folder}")
                 raise SystemExit(128 + stop[0])
-            since += time.perf_counter() - pause
+            since, timed = time.perf_counter(), run.step
     run.board.close()
-    if run.wandb:
-        run.wandb.finish()
-    summarize(run, time.perf_counter() - start)
-    return evaluations(run.rows)
-
-
-def summarize(run: Run, seconds: float) -> None:
-    """Print what came out of the run and what to do with it."""
-    (steps, returns), score = evaluations(run.rows), run.config.robot.score
-    means, best = returns.mean(1), int(returns.mean(1).argmax())
-    last = means[-10:].mean()
-    spread = f"{returns[-1].std():.1f} over {returns.shape[1]} episodes"
-    say(f"final  return {means[-1]:.1f} ± {spread}, score {score(means[-1]):.1f}")
-    say(f"       {last:.1f} is the mean of the last {len(means[-10:])} evaluations, score {score(last):.1f}")
-    say(f"       {means[best]:.1f} at step {steps[best]:,} was the best of {len(means)}: picked by luck, not a result")
-    say(f"took   {seconds / 60:.1f} minutes")
-    say(f"wrote  {run.config.plot} and {run.folder} (settings, metrics, TensorBoard events, checkpoint)")
-    say(f"next   --resume {run.folder} --max-steps {2 * run.config.max_steps}, or --evaluate {run.folder} --film")
+    (steps, returns), score = evaluations(run.rows), config.robot.score
+    last, mean, std = returns[-10:].mean(1), returns[-1].mean(), returns[-1].std()
+    say(f"final  return {mean:.1f} ± {std:.1f} over {config.eval_episodes} episodes, score {score(mean):.1f}")
+    say(f"       {last.mean():.1f} is the mean of the last {len(last)} evaluations, score {score(last.mean()):.1f}")
+    say(f"wrote  {config.plot} and {run.folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
+    say(f"next   --resume {run.folder} --max-steps {2 * config.max_steps}, or --evaluate {run.folder} --film")
+    return steps, returns
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -959,23 +767,18 @@ def parse(arguments: Sequence[str], default: Config | None = None) -> Config:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]  # in a box, the cause first
-        cause = " ".join(itertools.takewhile(lambda line: line[:3] not in ("───", "╰──", "For"), lines))
-        cause = re.sub(r".*Config (Value error, )?", "", cause).replace("Input should", "must")
-        cause = re.sub(r" \[type=(?!value_error)\w+, input_value=(.*), input_type.*", r", not \1", cause)
-        cause = cause.split(" [type=")[0]
-        raise InputError(f"{cause}; --help lists the settings") from stop
+        cause = " ".join(re.sub("[│╮]", "", re.split("[─-]{9,}", box.getvalue())[1]).split())  # between rules, in a box
+        cause = re.sub(r".*Config (Value error, )?| \[type=.*", "", cause)
+        raise InputError(f"{cause.replace('Input should', 'must')}; --help lists the settings") from stop
     folder = config.resume or config.evaluate
     if not folder or default:
         return config
-    try:
-        saved = SETTINGS.validate_json((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/config.json cannot be read; name the folder of a run") from error
+    saved = SETTINGS.validate_json((folder / "config.json").read_bytes())
     return parse(arguments, dataclasses.replace(saved, resume=config.resume, evaluate=config.evaluate, film=False))
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # so that a log in a file can be followed
     try:
         config = parse(sys.argv[1:])
         if not config.evaluate:
@@ -983,11 +786,11 @@ def main() -> None:
             return
         checkpoint = load_checkpoint(config.evaluate)
         with EvaluationPool(config) as pool:
-            film = config.evaluate / "policy.gif" if config.film else None
-            pool.play(load_policy(checkpoint), checkpoint["step"], film)
-    except (InputError, FloatingPointError) as error:
-        print(f"ciql_pybullet: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+            pool.play(load_policy(checkpoint), checkpoint["step"], config.film and config.evaluate / "policy.gif")
+    except (InputError, OSError, FloatingPointError, pydantic.ValidationError) as error:
+        remedy = "; mend that, or name another place, then go on with --resume" if isinstance(error, OSError) else ""
+        print(f"ciql_pybullet: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

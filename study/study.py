@@ -284,10 +284,9 @@ def main() -> None:
         if not own.summarize:
             write_results(own.study, runs, run_study(own, runs))
         summarize(own.summarize or own.study)
-    except (InputError, filelock.Timeout) as error:
-        remedy = (
-            "" if isinstance(error, InputError) else " Another process works on this study: wait for it or stop it."
-        )
+    except (InputError, OSError) as error:
+        other = isinstance(error, filelock.Timeout)
+        remedy = " Another process works on this study: wait for it or stop it." if other else ""
         print(f"study: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         sys.exit(2)
     states = set(pd.read_csv((own.summarize or own.study) / "summary.csv")["state"])

@@ -28,11 +28,15 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ciql_pybullet import CIQL, SAMPLES, Config, EvaluationPool, Transitions, product, read_transitions
+from ciql_pybullet import CIQL, SAMPLES, Config, EvaluationPool, Transitions, read_transitions
 
 S, A, B, H, K = 26, 6, 256, 256, 10  # the default job: HalfCheetah at the default settings
 ENV = "HalfCheetahBulletEnv-v0"
 SAMPLE = SAMPLES / "halfcheetah-bullet-medium-sample.hdf5"
+
+
+def onednn_product(x, w):
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
 class Textbook:
@@ -134,7 +138,7 @@ def steps_table(rounds, steps):
         left, right = torch.randn(B * K, H), torch.randn(H, H)  # the largest product of a step
         products = max(1, int(1e10 / (2 * B * K * H * H)))
         libraries = (
-            {"torch.mm": torch.mm, "oneDNN": product}
+            {"torch.mm": torch.mm, "oneDNN": onednn_product}
             if torch.backends.mkldnn.is_available()
             else {"torch.mm": torch.mm}
         )

@@ -122,7 +122,7 @@ def test_the_samples_stand_in_for_their_own_ids_alone(tmp_path, offline, capsys)
         with pytest.raises(InputError) as error:
             find_dataset(name)
         url, place = ciql_pybullet.DOWNLOAD_URLS[name], tmp_path / "cache" / f"{name}.hdf5"
-        assert f"download {url} and put it at {place}" in str(error.value)
+        assert f"download {url} to {place}" in str(error.value)
         assert f"python data/make_bullet_dataset.py --id {name}" in str(error.value)
     assert set(offline) == set(ciql_pybullet.DOWNLOAD_URLS.values())
     assert not list(tmp_path.glob("cache/*")) and not list(tmp_path.glob("cache/.*"))

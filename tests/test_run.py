@@ -114,12 +114,11 @@ def test_importing_has_no_side_effects(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(ciql_pybullet.time, "strftime", lambda form: "now")
+def test_two_runs_in_one_second_have_two_folders(tmp_path):
     config = Config(out_dir=tmp_path / "runs", device="cpu", hidden_sizes=(4,))
     agent = CIQL(26, 6, config)
     folders = {ciql_pybullet.Run(config, agent, None).folder.name for _ in range(3)}
-    assert len(folders) == 3 and all(name.startswith("halfcheetah-bullet-medium-v0-seed0-now-") for name in folders)
+    assert len(folders) == 3 and all(name.startswith("halfcheetah-bullet-medium-v0-seed0-20") for name in folders)
 
 
 # ---------------------------------------------------------------------------------------------- resuming

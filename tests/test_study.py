@@ -120,13 +120,13 @@ def test_grid():
     ("arguments", "named"),
     [
         (["--grid", "alfa", "0", "1"], "--alfa"),
-        (["--grid", "alpha", "0", "-1"], "alpha must be greater than or equal to 0, not -1.0"),
+        (["--grid", "alpha", "0", "-1"], "alpha must be greater than or equal to 0"),
         (["--grid", "alpha"], "--grid alpha needs values"),
         (["--grid", "alpha,beta", "0", "1"], "--grid alpha,beta needs values"),
         (["--seeds", "0", "1", "0"], "two runs of the study are the same"),
         (["--seeds", "0", "-1"], "seed must be greater"),
         (["--seeds"], "--seeds"),
-        (["--datasets", "mine.hdf5"], "env_id is not set"),
+        (["--datasets", "mine.hdf5"], "an .hdf5 file, with env_id"),
         (["--datasets", "not-there.hdf5", "--env-id", "HopperBulletEnv-v0"], "not-there.hdf5: cannot be read"),
         (["--datasets", "hopper-bullet"], "dataset is hopper-bullet"),
         (["--study", "a_file/s", "--datasets", "good.hdf5", *HOPPER], "a_file"),
@@ -167,7 +167,7 @@ def test_a_failing_run_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     command = [*short, "--datasets", "bad.hdf5", "good.hdf5", "--grid", "tau", "0.7", "0.9", "--study", "s"]
     code, out, err = run_study(tmp_path, *command)
     assert code == 1, out + err
-    error = "q_loss became NaN or infinite within the 5 steps up to step 5; lower lr"
+    error = "a loss or weight became NaN or infinite up to step 5; lower lr"
     assert f"FAILED tune/bad-tau0.7-seed0: {error}" in out and f"FAILED tune/bad-tau0.9-seed0: {error}" in out
     summary = rows_of(tmp_path / "s" / "summary.csv")
     assert [(row["dataset"], row["tau"], row["state"]) for row in summary] == [
@@ -258,7 +258,7 @@ def test_a_cluster_loses_a_node(cluster, monkeypatch, capsys, tmp_path):
     out, err = driver.communicate()
     assert driver.returncode == 0, out + err
     log = (tmp_path / "s" / "tune" / name / "log.txt").read_text()
-    assert re.search(r"^run .* from step [12],000, ", log, re.MULTILINE), log
+    assert re.search(r"^run .* from step [12],000$", log, re.MULTILINE), log
     for alpha, seed in itertools.product((0, 1), (0, 1)):
         single = ["--dataset", "a.hdf5", "--alpha", str(alpha), "--seed", str(seed), "--out-dir", f"{alpha}{seed}"]
         assert run_main(monkeypatch, capsys, [*short, *single])[0] == 0
