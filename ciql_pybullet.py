@@ -231,7 +231,7 @@ class CIQL:
         self.clamp_open = False  # was it at the last step?
 
     def gradients(self, batch: Transitions, negative_actions: Tensor, open_clamp: bool) -> tuple[Any, Metrics]:
-        """Gradients of the three losses, those of the penalty if ``open_clamp``, and figures for the log."""
+        """Gradients of the losses, of the penalty only if ``open_clamp``, in one backward pass; figures for the log."""
         c, (s, a, r, s_next, terminated) = self.config, batch
         with torch.no_grad():
             q_bar = torch.minimum(*self.target_critic(s, a))
@@ -255,7 +255,6 @@ class CIQL:
         q, clamp_open, policy_std = (q1.mean() + q2.mean()) / 2, (penalty > 0).float(), self.policy.log_std.exp().mean()
         figures = (value_loss, q_loss, policy_loss, penalty, q, v.mean(), advantage.mean(), clamp_open, policy_std)
         metrics = {name: figure.detach() for name, figure in zip(METRICS, figures, strict=True)}
-        # one backward pass, as no loss reaches another's network
         return torch.autograd.grad(value_loss + q_loss + policy_loss, self.parameters), metrics
 
     def update(self, batch: Transitions) -> Metrics:
@@ -321,7 +320,6 @@ class CIQL:
             say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
             return self.step
         self.gradients = gradients  # type: ignore[method-assign]
-        # on the CPU the kernels of ``apply`` beat what the compiler makes of it; on CUDA the step is one graph
         return self.step if self.on_cpu else torch.compile(self.step, fullgraph=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,20 +335,23 @@ class CIQL:
         self.clamp_open = state["clamp_open"]
 
 
-@functools.cache
 def compile_onednn() -> None:
-    """Have torch.compile take oneDNN for (M, K) x (K, N) in float32: MKL, torch's usual library, is slow on AMD."""
+    """Have torch.compile take oneDNN for float32 products on the CPU: MKL, torch's usual library, is slow on AMD."""
     from torch._inductor import config, ir, lowering, mkldnn_ir
 
     rules, mm, addmm = lowering.lowerings, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+    usual_mm, usual_addmm = rules[mm], rules[addmm]
 
-    def by_onednn(x: Any, w: Any) -> Any:
+    def product(x: Any, w: Any) -> Any:
+        if (x.get_device().type, x.get_dtype()) != ("cpu", torch.float32):
+            return usual_mm(x, w)
         call = mkldnn_ir.LinearUnary  # which takes w transposed, as a view too
         x, w = call.require_contiguous(call.realize_input(x)), call.realize_input(lowering.permute(w, [1, 0]))
         layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], w.get_size()[0]])
         return ir.TensorBox.create(mkldnn_ir._create_output_node(call(layout, [x, w], [None, "none", [-1], ""])))
 
-    rules[mm], rules[addmm] = by_onednn, lambda b, x, w: lowering.add(by_onednn(x, w), b)
+    rules[mm] = product
+    rules[addmm] = lambda b, x, w, **scale: usual_addmm(b, x, w, **scale) if scale else lowering.add(product(x, w), b)
     config.pattern_matcher = False  # which would make some of them MKL's again
 
 
@@ -778,7 +779,7 @@ def parse(arguments: Sequence[str], default: Config | None = None) -> Config:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # so that a log in a file can be followed
+    getattr(sys.stdout, "reconfigure", dict)(line_buffering=True)  # so that a log in a file can be followed
     try:
         config = parse(sys.argv[1:])
         if not config.evaluate:
