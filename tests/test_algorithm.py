@@ -142,7 +142,8 @@ def test_update_is_adam_and_polyak(case):
     names = [f"{n}.{k}" for n in ("policy", "value", "critic") for k, _ in getattr(agent, n).named_parameters()]
     p = parameters_of(agent)
     m, v = ({name: np.zeros_like(p[name]) for name in names} for _ in range(2))
-    for t in (1, 2, 3):
+    for t in range(1, 7):
+        batch = batch._replace(rewards=batch.rewards * -1.5)  # gradients that change, for Adam's averages
         torch.manual_seed(t)
         negatives = torch.rand(B, K, A) * 2 - 1
         gradients, _ = copy.deepcopy(agent).gradients(batch, negatives, open_clamp=True)
@@ -282,7 +283,7 @@ def test_cuda_step_is_one_graph(backend):
 
 
 @pytest.mark.parametrize("library", ["oneDNN", "MKL"])
-def test_compiled_step_agrees_with_eager(monkeypatch, library):
+def test_compiled_step_agrees_with_eager(monkeypatch, capsys, library):
     """100 steps from the same state, with the clamp open now and then, and no trace left by compiling."""
     from torch._inductor import lowering, mkldnn_ir
 
@@ -296,6 +297,7 @@ def test_compiled_step_agrees_with_eager(monkeypatch, library):
     with torch._inductor.config.patch(force_disable_caches=True, pattern_matcher=True):
         compiled, found = trained(small(lr=1e-3), 100, lambda agent: agent.compiled_step(data))
     assert bool(by_onednn) == (library == "oneDNN")
+    assert "eagerly" not in capsys.readouterr().out  # it was compiled
     assert 0 < np.mean([row["clamp_open"] for row in expected]) < 1
     for name in METRICS:
         np.testing.assert_allclose(
@@ -313,6 +315,20 @@ def test_step_that_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     _, found = trained(small(), 3, lambda agent: agent.compiled_step(random_data()))
     assert found == trained(small(), 3)[1]
     assert "runs eagerly, slower: no compiler found\n" in capsys.readouterr().out
+
+
+def test_data_are_normalised_as_the_policy_undoes_it():
+    data, agent = random_data(), CIQL(S, A, small())
+    s = data.observations.double().numpy() * [1, 2, 3, 4, 5] + 7
+    raw = data._replace(observations=torch.tensor(s).float(), next_observations=torch.tensor(s[::-1].copy()).float())
+    prepared = agent.prepare(raw)
+    expected = (s - s.mean(0)) / (s.std(0, ddof=1) + 1e-3)
+    np.testing.assert_allclose(prepared.observations, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(prepared.next_observations, expected[::-1], rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            agent.policy.act(s[0]), agent.policy(prepared.observations[:1])[0], rtol=1e-3, atol=1e-5
+        )
 
 
 def test_policy_acts_with_the_mean_it_was_trained_on():
