@@ -267,16 +267,23 @@ def test_skipping_a_closed_clamp_is_exact():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_cuda_step_is_one_graph(backend):
+def test_cuda_step_is_one_graph(monkeypatch, capsys, backend):
     """What CUDA runs, the plain ReLU and a traced Adam, has no branch on a tensor and no read of one."""
+    graphs = []
+
+    def compile_here(function, fullgraph):
+        assert fullgraph
+        graphs.append(function.__name__)
+        return compiled(function, fullgraph=True, backend=backend)
 
     def traced(agent):
-        torch.compiler.reset()
-        torch._dynamo.config.trace_autograd_ops = True
         agent.on_cpu = False
-        return torch.compile(agent.step, fullgraph=True, backend=backend)
+        return agent.compiled_step(random_data())
 
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_here)
     agent, _ = trained(small(), 5, traced)
+    assert graphs == ["gradients", "step"] and "eagerly" not in capsys.readouterr().out
     expected, _ = trained(small(), 5)
     for one, other in zip(agent.parameters, expected.parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

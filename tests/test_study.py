@@ -16,10 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, SAMPLE_ID, hopper_file, run_main
 from test_run import children_of, metrics
+from torch.nn.utils import parameters_to_vector
+
+import ciql_pybullet
 
 sys.path.insert(0, str(ROOT / "study"))
+import variants
+
 import study
 from study import iqm, with_interval
 
@@ -142,6 +148,48 @@ def test_bad_study(monkeypatch, capsys, tmp_path, arguments, named):
     monkeypatch.setattr(study, "start_ray", lambda own: pytest.fail("started"))
     code, _, error = run_main(monkeypatch, capsys, arguments, study.main)
     assert (code, error.count("\n")) == (2, 1) and named in error
+
+
+# -------------------------------------------------------------------------------------------------- variants
+
+
+def steps_of(kind, n=10):
+    """The policy's weights before and after each of n steps of a small agent."""
+    torch.manual_seed(0)
+    agent = kind(4, 2, ciql_pybullet.Config(device="cpu", hidden_sizes=(8,), batch_size=16, max_steps=n))
+    data = ciql_pybullet.Transitions(*(torch.randn(50, *size) for size in ((4,), (2,), (), (4,), ())))
+    history = [parameters_to_vector(agent.policy.parameters()).detach().clone()]
+    for _ in range(n):
+        agent.step(data)
+        history.append(parameters_to_vector(agent.policy.parameters()).detach().clone())
+    return agent, torch.stack(history)
+
+
+def test_falling_policy_rate():
+    """Of the policy alone: the first step is nearly the plain one, the last one is none."""
+    agent, plain = steps_of(ciql_pybullet.CIQL)
+    other, falling = steps_of(variants.FallingPolicyRate)
+    lengths = falling.diff(dim=0).norm(dim=1)
+    assert lengths[0] / plain.diff(dim=0).norm(dim=1)[0] == pytest.approx((1 + np.cos(0.1 * np.pi)) / 2, rel=1e-3)
+    assert lengths[9] == 0
+    for one, same in zip(agent.critic.parameters(), other.critic.parameters(), strict=True):
+        assert torch.equal(one, same)
+
+
+def test_averaged_policy():
+    agent, history = steps_of(variants.AveragedPolicy)
+    expected = history[0]
+    for weights in history[1:]:
+        expected = expected + 0.001 * (weights - expected)
+    torch.testing.assert_close(parameters_to_vector(agent.average.parameters()), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_shifted_rewards(tmp_path):
+    rows, _ = ciql_pybullet.read_rows(hopper_file(tmp_path / "data.hdf5"))
+    shifted = variants.shifted_rewards(rows).rewards.numpy()
+    start = np.flatnonzero(rows["terminals"][:-1] == 0)
+    assert np.array_equal(shifted, rows["rewards"][start])
+    assert not np.array_equal(shifted, ciql_pybullet.read_transitions(rows).rewards)
 
 
 # ------------------------------------------------------------------------------------------------- with Ray
