@@ -335,6 +335,7 @@ class CIQL:
         self.clamp_open = state["clamp_open"]
 
 
+@functools.cache
 def compile_onednn() -> None:
     """Have torch.compile take oneDNN for float32 products on the CPU: MKL, torch's usual library, is slow on AMD."""
     from torch._inductor import config, ir, lowering, mkldnn_ir
@@ -438,9 +439,9 @@ def load_dataset(config: Config) -> tuple[Transitions, np.ndarray, str]:
 
 def find_dataset(dataset: str) -> Path:
     """The file of ``dataset``, a path or one of the 12 ids: from the cache, the network or the embedded samples."""
-    if dataset not in DOWNLOAD_URLS:
-        return Path(dataset)
     cached = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / f"{dataset}.hdf5"
+    if dataset not in DOWNLOAD_URLS or cached.exists():
+        return cached if dataset in DOWNLOAD_URLS else Path(dataset)
     import pooch
 
     def fetch(url: str, part: str, _: object) -> None:
@@ -559,8 +560,7 @@ class Run:
         write_whole(self.folder / "config.json", lambda file: file.write(SETTINGS.dump_json(config, indent=2)))
         episodes = (f"return_{n}" for n in range(1, config.eval_episodes + 1))
         columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
-        file = open(self.folder / "metrics.csv", "w", buffering=1)  # noqa: SIM115  (open as long as the run)
-        self.csv = csv.DictWriter(file, columns, lineterminator="\n")
+        self.csv = csv.DictWriter(open(self.folder / "metrics.csv", "w", buffering=1), columns, lineterminator="\n")  # noqa: SIM115
         self.csv.writeheader()
         self.csv.writerows(self.rows)
         if config.wandb_project:

@@ -98,19 +98,18 @@ def mean_q(checkpoint: dict[str, Any], data: ciql.Transitions, config: ciql.Conf
     return on, off
 
 
-def row_of(folder: Path, own: dict[str, Any], curves: list[dict[str, Any]]) -> dict[str, Any]:
-    """A run's row of summary.csv; its evaluations join ``curves``."""
-    checkpoint, config = (
-        ciql.load_checkpoint(folder),
-        ciql.SETTINGS.validate_json((folder / "config.json").read_bytes()),
-    )
-    rows, source = ciql.read_rows(ciql.find_dataset(config.dataset), config.robot.dims)
-    own |= {"dataset": config.dataset + (" (re-collected)" if source else "")}
-    metrics = pd.DataFrame(checkpoint["rows"])
-    curves += [own | row for row in metrics[["step", "return_mean", "return_std"]].to_dict("records")]
+def complete(out: Path) -> dict[str, Any] | None:
+    """The checkpoint of the complete run in ``out``, if there is one beside those that were stopped."""
+    checkpoints = (ciql.load_checkpoint(path.parent) for path in out.glob("*/checkpoint.pt"))
+    return next((checkpoint for checkpoint in checkpoints if checkpoint["step"] == STEPS["max_steps"]), None)
+
+
+def row_of(checkpoint: dict[str, Any], rows: dict[str, np.ndarray], data: ciql.Transitions) -> dict[str, Any]:
+    """What summary.csv says of a run on the data set of these ``rows``, which are the transitions ``data``."""
+    config, metrics = ciql.SETTINGS.validate_json(checkpoint["config"]), pd.DataFrame(checkpoint["rows"])
     last, episodes = metrics.iloc[-10:], config.eval_episodes
-    on, off = mean_q(checkpoint, ciql.read_transitions(rows), config)
-    return own | {
+    on, off = mean_q(checkpoint, data, config)
+    return {
         "state": "complete",
         "step": checkpoint["step"],
         "final_return": last["return_mean"].mean(),
@@ -134,10 +133,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
     own = parser.parse_args()
     own.out.mkdir(parents=True, exist_ok=True)
+
+    def folder(dataset: str, variant: str, seed: int) -> Path:
+        return own.out / f"{dataset}-{variant}-seed{seed}".replace(" ", "-")
+
     for seed, dataset, variant in itertools.product(own.seeds, own.datasets, own.variants):
         settings, replaced = VARIANTS[variant]
-        out = own.out / f"{dataset}-{variant}-seed{seed}".replace(" ", "-")
-        if any(ciql.load_checkpoint(path.parent)["step"] == STEPS["max_steps"] for path in out.glob("*/checkpoint.pt")):
+        out = folder(dataset, variant, seed)
+        if complete(out):
             continue
         common: dict[str, Any] = {
             "dataset": dataset,
@@ -151,12 +154,18 @@ def main() -> None:
             for name, other in replaced.items():
                 stack.enter_context(mock.patch.object(ciql, name, other))
             ciql.train(config)
-    curves: list[dict[str, Any]] = []
-    summary = []
-    for dataset, variant, seed in itertools.product(own.datasets, own.variants, own.seeds):
-        out = own.out / f"{dataset}-{variant}-seed{seed}".replace(" ", "-")
-        (folder,) = (path.parent for path in out.glob("*/checkpoint.pt"))
-        summary.append(row_of(folder, {"label": variant, "seed": seed, "folder": out.name}, curves))
+    summary, curves = [], []
+    for dataset in own.datasets:
+        path = ciql.find_dataset(dataset)
+        rows, source = ciql.read_rows(path)
+        data, name = ciql.read_transitions(rows), dataset + (" (re-collected)" if source else "")
+        for variant, seed in itertools.product(own.variants, own.seeds):
+            checkpoint = complete(out := folder(dataset, variant, seed))
+            assert checkpoint, out
+            run = {"label": variant, "seed": seed, "folder": out.name, "dataset": name}
+            summary.append(run | row_of(checkpoint, rows, data))
+            evaluations = pd.DataFrame(checkpoint["rows"])[["step", "return_mean", "return_std"]]
+            curves += [run | row for row in evaluations.to_dict("records")]
     pd.DataFrame(summary).to_csv(own.out / "summary.csv", index=False)
     pd.DataFrame(curves).to_csv(own.out / "curves.csv", index=False)
 

@@ -299,10 +299,12 @@ def test_compiled_step_agrees_with_eager(monkeypatch, capsys, library):
     for operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):  # put back after the test
         monkeypatch.setitem(lowering.lowerings, operator, lowering.lowerings[operator])
     monkeypatch.setattr(ciql_pybullet, "ON_AMD", library == "oneDNN")
+    ciql_pybullet.compile_onednn.cache_clear()  # before and after, as the rules are put back
     data = random_data()
     eager, expected = trained(small(lr=1e-3), 100)
     with torch._inductor.config.patch(force_disable_caches=True, pattern_matcher=True):
         compiled, found = trained(small(lr=1e-3), 100, lambda agent: agent.compiled_step(data))
+    ciql_pybullet.compile_onednn.cache_clear()
     assert bool(by_onednn) == (library == "oneDNN")
     assert "eagerly" not in capsys.readouterr().out  # it was compiled
     assert 0 < np.mean([row["clamp_open"] for row in expected]) < 1
