@@ -1,8 +1,9 @@
 """Re-collect d4rl-pybullet data sets from their published recipe.
 
 Soft actor-critic (Haarnoja et al., 2018) with the recipe's settings (two hidden layers of 256, learning
-rate 3e-4, batch 100, one update a step, no warm-up) learns in a PyBullet environment until one training
-episode returns at least ``level``. By the last word of its id, a data set is
+rate 3e-4, batch 100, one update a step, no warm-up) learns in a PyBullet environment until a training
+episode returns at least ``level``; where one episode says little of the policy, the last ``window`` of them
+must on average. By the last word of its id, a data set is
 
     random   ``rows`` rows of the untrained stochastic policy
     mixed    the replay buffer up to that moment
@@ -36,12 +37,12 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# of a robot: its environment, and the return of a training episode that ends learning
+# of a robot: its environment, the return that ends learning, and the number of training episodes it is the mean of
 ROBOTS = {
-    "halfcheetah": ("HalfCheetahBulletEnv-v0", 800.0),
-    "hopper": ("HopperBulletEnv-v0", 1000.0),
-    "walker2d": ("Walker2DBulletEnv-v0", 1000.0),
-    "ant": ("AntBulletEnv-v0", 600.0),
+    "halfcheetah": ("HalfCheetahBulletEnv-v0", 800.0, 1),
+    "hopper": ("HopperBulletEnv-v0", 1000.0, 10),
+    "walker2d": ("Walker2DBulletEnv-v0", 900.0, 10),
+    "ant": ("AntBulletEnv-v0", 600.0, 10),
 }
 
 
@@ -51,7 +52,8 @@ class Recipe:
 
     id: tuple[str, ...]  # data sets of one robot, such as hopper-bullet-medium-v0 hopper-bullet-mixed-v0
     out: pathlib.Path | None = None  # folder for the files; none: where ciql_pybullet.py looks for them
-    level: float | None = None  # stop learning once a training episode returns this much; none: the robot's own
+    level: float | None = None  # stop learning once training episodes return this much; none: the robot's own
+    window: int | None = None  # ... on average of this many, the last ones; none: the robot's own
     max_steps: int = 1_000_000  # give up learning after this many environment steps
     rows: int = 200_000  # rows of a random or medium file
     seed: int = 0  # of the networks, the environment and the sampling
@@ -163,8 +165,8 @@ def minimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float) -> Rows:
-    """Train ``sac`` until an episode returns ``level``; returns the replay buffer."""
+def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float, window: int) -> Rows:
+    """Train ``sac`` until the last ``window`` episodes return ``level`` on average; returns the replay buffer."""
     replay, start = Rows(), time.time()
     torch.manual_seed(recipe.seed)  # whether a random file was collected before or not
     observation, _ = env.reset(seed=recipe.seed)
@@ -173,7 +175,7 @@ def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float) -> Rows:
     t = 0
     while True:
         if t == steps:
-            stop(f"no episode returned {level:g} within {steps:,} steps; lower --level")
+            stop(f"{window} episodes returned no {level:g} on average within {steps:,} steps; lower --level")
         action = sac.act(observation, deterministic=False)
         next_observation, reward, terminated, truncated = replay.step(env, observation, action)
         for column, value in zip(buffer, (observation, action, reward, next_observation, terminated), strict=True):
@@ -186,8 +188,8 @@ def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float) -> Rows:
         if terminated or truncated:
             if len(replay.returns) % 10 == 0:
                 rate = t / (time.time() - start)
-                print(f"step {t:,}  return {replay.returns[-1]:.1f}  {rate:.0f} steps/s", flush=True)
-            if replay.returns[-1] >= level:
+                print(f"step {t:,}  return {np.mean(replay.returns[-10:]):.1f}  {rate:.0f} steps/s", flush=True)
+            if len(replay.returns) >= window and np.mean(replay.returns[-window:]) >= level:
                 return replay
             observation, _ = env.reset()
 
@@ -230,8 +232,11 @@ def stop(line: str) -> NoReturn:
 
 def main(recipe: Recipe) -> None:
     robot, paths = paths_by_kind(recipe)
-    env_id, level = ROBOTS[robot]
+    env_id, level, window = ROBOTS[robot]
     level = level if recipe.level is None else recipe.level
+    window = window if recipe.window is None else recipe.window
+    if min(window, recipe.max_steps, recipe.rows) < 1:
+        stop("window, max_steps and rows must be at least 1")
     torch.set_num_threads(1)  # batches of 100 are too small for more
     torch.manual_seed(recipe.seed)
     env = gymnasium.make(env_id)
@@ -247,8 +252,9 @@ def main(recipe: Recipe) -> None:
         untrained.write(paths["random"], recipe.rows, f"{source}; untrained policy")
     if paths.keys() == {"random"}:
         return
-    replay = learn(recipe, env, sac, level)
-    learned = f"SAC stopped at an episode of {replay.returns[-1]:.1f} (level {level:g})"
+    replay = learn(recipe, env, sac, level, window)
+    reached = f"{np.mean(replay.returns[-window:]):.1f} over {window} episodes after {len(replay.rows):,} rows"
+    learned = f"SAC stopped at {reached} (level {level:g})"
     if "mixed" in paths:
         replay.write(paths["mixed"], None, f"{source}; replay of {learned}")
     if "medium" in paths:

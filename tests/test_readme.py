@@ -12,9 +12,12 @@ import sys
 
 import PIL.Image
 import pytest
-from conftest import ROOT, hopper_file
+import tyro
+from conftest import ROOT, hopper_file, run_main
 
-sys.path.insert(0, str(ROOT / "study"))
+sys.path[:0] = [str(ROOT / "study"), str(ROOT / "data")]
+import make_bullet_dataset
+
 import ciql_pybullet
 import study
 from ciql_pybullet import Config, read_transitions
@@ -160,25 +163,12 @@ def test_results_are_redrawn_from_their_csvs(tmp_path, capsys):
     assert tables and all(line in printed for line in tables)
 
 
-def test_data_program(tmp_path):
+def test_data_program(tmp_path, monkeypatch, capsys):
     """It writes files that are read as what was played: Hopper falls, and a fall is a termination."""
     ids = [f"hopper-bullet-{kind}-v0" for kind in ("random", "medium", "mixed")]
-    program = [
-        sys.executable,
-        ROOT / "data" / "make_bullet_dataset.py",
-        "--level",
-        "-1000",
-        "--rows",
-        "150",
-        "--out",
-        "sets",
-    ]
-
-    def make(*ids):
-        command = [*program, "--id", *ids]
-        return subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
-
-    result = make(*ids)
+    common = ["--level", "-1000", "--window", "4", "--rows", "150", "--out", "sets", "--id"]
+    command = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *common, *ids]
+    result = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     before = {path: path.read_bytes() for path in (tmp_path / "sets").iterdir()}
     assert len(before) == 3
@@ -186,9 +176,11 @@ def test_data_program(tmp_path):
         ([ids[1]], "is there already"),
         (["hopper-medium"], "id is"),
         ([ids[0], "ant-bullet-mixed-v0"], "id is"),
+        (["ant-bullet-mixed-v0", "--window", "0"], "window"),
     ):
-        result = make(*wrong)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1) and cause in result.stderr
+        main = lambda: make_bullet_dataset.main(tyro.cli(make_bullet_dataset.Recipe))
+        code, _, err = run_main(monkeypatch, capsys, [*common, *wrong], main)
+        assert (code, err.count("\n")) == (2, 1) and cause in err
     assert {path: path.read_bytes() for path in (tmp_path / "sets").iterdir()} == before
     for kind in ("random", "medium", "mixed"):
         t = read_transitions(tmp_path / "sets" / f"hopper-bullet-{kind}-v0.hdf5")
@@ -197,3 +189,6 @@ def test_data_program(tmp_path):
         # a transition's reward is for moving on: never the 0 beside an episode's first observation
         assert (t.rewards != 0).all()
         assert len(t.rewards) <= 150
+    rows, source = ciql_pybullet.read_rows(tmp_path / "sets" / "hopper-bullet-mixed-v0.hdf5")
+    returns = ciql_pybullet.episode_returns(rows)
+    assert len(returns) == 4 and f"stopped at {returns.mean():.1f} over 4 episodes" in source
