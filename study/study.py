@@ -77,6 +77,7 @@ def trial(space: dict[str, str], runs: Runs) -> None:
     """A trial of Ray Tune: one run, from the checkpoint on if there is one. It works in a folder of its own."""
     from ray import tune
 
+    sys.stderr.isatty = lambda: False  # type: ignore[method-assign]  # Tune's stream into log.txt has none
     run = runs[space["run"]]
     config = ciql.SETTINGS.validate_json(run["settings"])
     if config.dataset in ciql.DOWNLOAD_URLS and Path(run["file"]).exists():  # no run looks for its file again

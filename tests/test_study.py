@@ -232,6 +232,9 @@ def test_a_failing_run_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     curves = [row for row in rows_of(tmp_path / "s" / "curves.csv") if row["label"] == "tau=0.9"]
     assert [float(row["return_mean"]) for row in curves if row["dataset"] == "good"] == evaluated
 
+    log = (tmp_path / "s" / "tune" / "good-tau0.9-seed0" / "log.txt").read_text()
+    assert "return" in log and "train:" not in log  # no progress bar
+
     before = run_folder_of(tmp_path, "good-tau0.9-seed0").stat()
     code, again, _ = run_study(tmp_path, *command)
     assert code == 1 and "good, return" in again
