@@ -3,7 +3,7 @@
     python study/variants.py --seeds 0 1 2 --out runs/variants
     python study/study.py --summarize runs/variants
 
-Runs follow each other; the same command again skips those that are complete. Each is of 10,000 steps, evaluated 20 times.
+Runs follow each other; the same command again skips those that are complete. Each is evaluated 20 times.
 """
 
 import argparse
@@ -21,8 +21,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ciql_pybullet as ciql
-
-STEPS = {"max_steps": 10_000, "eval_interval": 500, "log_interval": 500, "threads": 1}
 
 
 class FallingPolicyRate(ciql.CIQL):
@@ -98,10 +96,10 @@ def mean_q(checkpoint: dict[str, Any], data: ciql.Transitions, config: ciql.Conf
     return on, off
 
 
-def complete(out: Path) -> dict[str, Any] | None:
+def complete(out: Path, max_steps: int) -> dict[str, Any] | None:
     """The checkpoint of the complete run in ``out``, if there is one beside those that were stopped."""
     checkpoints = (ciql.load_checkpoint(path.parent) for path in out.glob("*/checkpoint.pt"))
-    return next((checkpoint for checkpoint in checkpoints if checkpoint["step"] == STEPS["max_steps"]), None)
+    return next((checkpoint for checkpoint in checkpoints if checkpoint["step"] == max_steps), None)
 
 
 def row_of(checkpoint: dict[str, Any], rows: dict[str, np.ndarray], data: ciql.Transitions) -> dict[str, Any]:
@@ -130,6 +128,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--datasets", nargs="+", default=["halfcheetah-bullet-medium-v0", "hopper-bullet-medium-v0"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--max-steps", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
     own = parser.parse_args()
     own.out.mkdir(parents=True, exist_ok=True)
@@ -140,16 +139,20 @@ def main() -> None:
     for seed, dataset, variant in itertools.product(own.seeds, own.datasets, own.variants):
         settings, replaced = VARIANTS[variant]
         out = folder(dataset, variant, seed)
-        if complete(out):
+        if complete(out, own.max_steps):
             continue
         common: dict[str, Any] = {
             "dataset": dataset,
             "seed": seed,
             "alpha": 0.0,
+            "threads": 1,
+            "max_steps": own.max_steps,
+            "eval_interval": own.max_steps // 20,
+            "log_interval": own.max_steps // 20,
             "out_dir": out,
             "plot": own.out / "p.png",
         }
-        config = ciql.Config(**common | STEPS | settings)
+        config = ciql.Config(**common | settings)
         with contextlib.ExitStack() as stack:
             for name, other in replaced.items():
                 stack.enter_context(mock.patch.object(ciql, name, other))
@@ -160,7 +163,7 @@ def main() -> None:
         rows, source = ciql.read_rows(path)
         data, name = ciql.read_transitions(rows), dataset + (" (re-collected)" if source else "")
         for variant, seed in itertools.product(own.variants, own.seeds):
-            checkpoint = complete(out := folder(dataset, variant, seed))
+            checkpoint = complete(out := folder(dataset, variant, seed), own.max_steps)
             assert checkpoint, out
             run = {"label": variant, "seed": seed, "folder": out.name, "dataset": name}
             summary.append(run | row_of(checkpoint, rows, data))
