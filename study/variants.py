@@ -123,14 +123,18 @@ def row_of(checkpoint: dict[str, Any], rows: dict[str, np.ndarray], data: ciql.T
     }
 
 
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("variants.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--datasets", nargs="+", default=["halfcheetah-bullet-medium-v0", "hopper-bullet-medium-v0"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--max-steps", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
-    own = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    own = parse(sys.argv[1:])
     own.out.mkdir(parents=True, exist_ok=True)
 
     def folder(dataset: str, variant: str, seed: int) -> Path:

@@ -17,6 +17,7 @@ from conftest import ROOT, hopper_file, run_main
 
 sys.path[:0] = [str(ROOT / "study"), str(ROOT / "data")]
 import make_bullet_dataset
+import variants
 
 import ciql_pybullet
 import study
@@ -27,8 +28,9 @@ OTHERS = [(ROOT / folder / "README.md").read_text() for folder in ("data", "stud
 
 
 def commands_of(text):
-    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if re.match(r"(python|pip|tensorboard) ", line)]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines = [line for kind, block in blocks if not kind for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(python|pip|tensorboard) ", line)]
 
 
 COMMANDS = commands_of(README)
@@ -141,6 +143,8 @@ def test_commands_of_the_other_readmes():
             assert not own.summarize or own.summarize.parts[0] == "runs" or (ROOT / own.summarize).is_dir()
         elif program == "data/make_bullet_dataset.py":
             assert set(re.findall(r"\S+-v0", command)) <= set(ciql_pybullet.DOWNLOAD_URLS)
+        elif program == "study/variants.py":
+            assert set(variants.parse(arguments).datasets) <= set(ciql_pybullet.DOWNLOAD_URLS)
         elif program == "install":
             assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", command))
         else:
@@ -159,6 +163,8 @@ def test_results_are_redrawn_from_their_csvs(tmp_path, capsys):
         assert len(list(folder.glob("*.png"))) == 2
     printed = capsys.readouterr().out
     interval = r"\[[-\d.]+, [-\d.]+\]"
+    cells = re.findall(r"-?[\d.]+ \[[-\d]+\.\d, [-\d]+\.\d\]", README)
+    assert len(cells) >= 20 and all(cell in printed for cell in cells)
     tables = [line for text in OTHERS for line in re.findall(rf"^.*{interval} .*{interval}.*$", text, re.MULTILINE)]
     assert tables and all(line in printed for line in tables)
 
