@@ -3,7 +3,8 @@
     python study/variants.py --seeds 0 1 2 --out runs/variants
     python study/study.py --summarize runs/variants
 
-Runs follow each other; the same command again skips those that are complete. Each is evaluated 20 times.
+Runs follow each other; the same command again skips those that are complete. Each is of --max-steps, 10,000 if it is
+not given, and evaluated 20 times.
 """
 
 import argparse
