@@ -1,14 +1,39 @@
+# /// script
+# requires-python = "==3.11.*"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "gymnasium==1.4.0",
+#     "pybullet==3.2.7",
+#     "pybullet_envs_gymnasium==0.6.0",
+#     "h5py==3.16.0",
+#     "filelock==4.3.1",
+#     "matplotlib==3.11.2",
+#     "pillow==13.0.0",
+#     "pooch==1.9.0",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
 """Conservative Implicit Q-Learning (CIQL), trained offline on the PyBullet D4RL data sets.
 
-CIQL is Implicit Q-Learning plus a clamped conservative penalty. With Q̄ = min(Q1, Q2) of the target critic:
+CIQL is Implicit Q-Learning plus a clamped conservative penalty. With Q̄ = min(Q1, Q2) of the
+target critic:
 
     V   diff = Q̄(s,a) − V(s)             loss = |τ − 1(diff<0)| · diff²
     Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
     π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
 
-y does not bootstrap after a true termination; ā are num_neg actions a state, drawn uniformly from the action box.
-IQL: Kostrikov et al., 2021 (arXiv 2110.06169). CQL: Kumar et al., 2020 (arXiv 2006.04779). D4RL: Fu et al., 2020
-(arXiv 2004.07219). Data sets: github.com/takuseno/d4rl-pybullet. Settings: below, or as flags (--help).
+y does not bootstrap after a true termination; ā are num_neg actions per state, drawn uniformly from
+the action box.
+
+    python ciql_pybullet.py                       train with the settings below
+    python ciql_pybullet.py --alpha 0             any setting is also a flag
+    python ciql_pybullet.py --resume runs/RUN     go on with a stopped run
+
+IQL: Kostrikov et al., 2021 (arXiv 2110.06169). CQL: Kumar et al., 2020 (arXiv 2006.04779). D4RL: Fu
+et al., 2020 (arXiv 2004.07219). Data sets: github.com/takuseno/d4rl-pybullet.
 """
 
 import concurrent.futures
@@ -17,124 +42,212 @@ import copy
 import csv
 import dataclasses
 import datetime
-import functools
 import importlib.util
+import inspect
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import filelock
 import h5py
 import numpy as np
-import pydantic
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from torch.optim.adam import adam
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------ settings
-EnvId = Literal["HalfCheetahBulletEnv-v0", "HopperBulletEnv-v0", "Walker2DBulletEnv-v0", "AntBulletEnv-v0"]
-Count = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-
-@pydantic.dataclasses.dataclass(frozen=True)
+# ----------------------------------------------------------------------------------------- settings
+@dataclass(frozen=True)
 class Config:
-    """CIQL on the PyBullet D4RL data sets. Every setting below is also a flag: --max-steps 20000."""
+    """CIQL on the PyBullet D4RL data sets. Every setting is also a flag: --max-steps 20000."""
 
     # Data
-    dataset: str = "halfcheetah-bullet-medium-v0"  # one of the 12 ids, or the path of an .hdf5 file (with env_id)
-    env_id: EnvId | None = None  # the environment of an .hdf5 file
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of networks, batches, off-data actions and evaluation episodes
+    dataset: str = "halfcheetah-bullet-medium-v0"  # one of 12 ids, or an .hdf5 file (with env_id)
+    env_id: str = ""  # the environment of an .hdf5 file; MODULE:ID imports MODULE to register it
+    max_episode_steps: int = 0  # time limit that the data were recorded with; 0: the environment's
+    seed: int = 0  # of networks, batches, off-data actions and evaluation episodes
     # CIQL and its networks
-    gamma: Annotated[float, Field(ge=0, le=1)] = 0.99  # discount
-    tau: Annotated[float, Field(gt=0, lt=1)] = 0.8  # expectile of V; 0.5 is the mean, towards 1 the best action
-    beta: Weight = 1.0  # inverse temperature of the policy weights; 0 gives behaviour cloning
-    alpha: Weight = 1.0  # weight of the conservative penalty; 0 gives IQL
-    num_neg: Count = 10  # off-data actions a state in the penalty
-    polyak: Annotated[float, Field(gt=0, le=1)] = 0.005  # share of the critic that moves into its target each step
-    max_weight: Annotated[Weight, Field(ge=1)] = 100.0  # cap of the policy weights exp(beta * adv)
-    hidden_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)  # ReLU layers of every network
-    min_log_std: Annotated[float, Field(ge=-20, le=0)] = -5.0  # floor of the policy's log standard deviation
+    gamma: float = 0.99  # discount
+    tau: float = 0.8  # expectile of V; 0.5 is the mean, towards 1 the best action
+    beta: float = 1.0  # inverse temperature of the policy weights; 0 gives behaviour cloning
+    alpha: float = 1.0  # weight of the conservative penalty; 0 leaves it out, as in IQL
+    num_neg: int = 10  # off-data actions per state in the penalty
+    polyak: float = 0.005  # share of the critic that moves into its target each step
+    clamp_advantage: bool = True  # max(0, A) in the policy weights; IQL does not clamp
+    max_weight: float = 100.0  # cap of the policy weights exp(beta * A)
+    hidden_sizes: tuple[int, ...] = (256, 256)  # ReLU layers of every network
+    min_log_std: float = -5.0  # floor of the policy's log standard deviation
     # Schedule
-    lr: Annotated[Weight, Field(gt=0)] = 3e-4  # Adam's learning rate, for all networks
-    batch_size: Count = 256  # transitions a gradient step
-    max_steps: Count = 500_000  # gradient steps
-    log_interval: Count = 1_000  # gradient steps between lines of losses
-    eval_interval: Count = 5_000  # gradient steps between evaluations
-    eval_episodes: Count = 5  # episodes an evaluation
+    lr: float = 3e-4  # Adam's learning rate, for all networks
+    policy_lr_decay: bool = False  # the policy's rate falls to 0 by a cosine, as in IQL
+    batch_size: int = 256  # transitions per gradient step
+    max_steps: int = 500_000  # gradient steps
+    log_interval: int = 1_000  # gradient steps between lines of losses
+    eval_interval: int = 5_000  # gradient steps between evaluations
+    eval_episodes: int = 5  # episodes per evaluation
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
-    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads; 0 takes a core each
-    compile: bool = True  # compile the gradient step (about 30 s at the start, needs a C++ compiler)
-    plot: Path = Path("eval_returns.png")  # picture of the evaluation returns
-    out_dir: Path = Path("runs")  # every run makes a folder in here: settings, metrics, checkpoint
-    wandb_project: str | None = None  # also log to this Weights & Biases project (needs: pip install wandb)
-    film: bool = False  # film an episode of the final policy, or of the evaluated one: policy.gif in the run folder
-    resume: Path | None = None  # go on from the checkpoint in this run folder, with its settings
-    evaluate: Path | None = None  # train nothing: play eval_episodes episodes of the policy in this run folder
+    batch_parts: int = 2  # equal parts of a batch that CPU threads share; they change rounding
+    threads: int = 0  # CPU threads and evaluation workers, 0: one per core; they change no bit
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
+    compile: bool = True  # compile the gradient step (about a minute once; needs a C++ compiler)
+    name: str = ""  # of the run's folder; empty: data set, what is not the default, seed, time
+    plot: str = "eval_returns.png"  # picture of the evaluation returns
+    out_dir: str = "runs"  # every run makes a folder in here: settings, metrics, checkpoint
+    wandb_project: str = ""  # also log to this Weights & Biases project (needs: pip install wandb)
+    film: bool = False  # film an episode of the final or evaluated policy: policy.gif in its folder
+    resume: str = ""  # go on from the checkpoint in this run folder, with its settings
+    evaluate: str = ""  # train nothing: play the policy of this run folder for eval_episodes
 
-    def __post_init__(self) -> None:
-        if self.dataset not in DOWNLOAD_URLS and not (self.env_id and Path(self.dataset).suffix in (".hdf5", ".h5")):
-            raise InputError(f"dataset is {self.dataset}, but must be an .hdf5 file, with env_id, or one of {DATASETS}")
 
-    @property
-    def robot(self) -> "Robot":
-        key = self.env_id or self.dataset.split("-")[0]
-        return next(robot for name, robot in ROBOTS.items() if key in (name, robot.env_id))
+RANGES = {  # intervals: a round bracket leaves its end out
+    "max_episode_steps": ("[", 0, math.inf, ")"),
+    "seed": ("[", 0, 2**32, ")"),
+    "gamma": ("[", 0, 1, "]"),
+    "tau": ("(", 0, 1, ")"),
+    "beta": ("[", 0, math.inf, ")"),
+    "alpha": ("[", 0, math.inf, ")"),
+    "num_neg": ("[", 1, math.inf, ")"),
+    "polyak": ("(", 0, 1, "]"),
+    "max_weight": ("[", 1, math.inf, ")"),
+    "min_log_std": ("[", -20, 0, "]"),
+    "lr": ("(", 0, math.inf, ")"),
+    "batch_size": ("[", 1, math.inf, ")"),
+    "max_steps": ("[", 1, math.inf, ")"),
+    "log_interval": ("[", 1, math.inf, ")"),
+    "eval_interval": ("[", 1, math.inf, ")"),
+    "eval_episodes": ("[", 1, math.inf, ")"),
+    "batch_parts": ("[", 1, math.inf, ")"),
+    "threads": ("[", 0, math.inf, ")"),
+}
+# Settings that change what is learned: they name a run, and a resumed run notes their changes.
+LEARNING = (
+    "max_episode_steps",
+    "gamma",
+    "tau",
+    "beta",
+    "alpha",
+    "num_neg",
+    "polyak",
+    "clamp_advantage",
+    "max_weight",
+    "hidden_sizes",
+    "min_log_std",
+    "lr",
+    "policy_lr_decay",
+    "batch_size",
+    "batch_parts",
+    "matmul_precision",
+    "seed",
+)
 
 
 class InputError(ValueError):
-    """A bad setting, file or network; its message is one line that names the cause and the remedy."""
+    """A bad setting, file or network; its message is one line that names cause and remedy."""
 
 
-# ---------------------------------------------------------------------------------------------------- data
-class Transitions(NamedTuple):
-    """N transitions, float32."""
+def check(config: Config) -> None:
+    """Raise InputError for a setting of the wrong type or out of its range."""
+    for setting in dataclasses.fields(Config):
+        value = getattr(config, setting.name)
+        kind = type(setting.default)
+        is_number = type(value) is int and kind is float
+        if type(value) is not kind and not is_number:
+            raise InputError(f"{setting.name} is {value!r}, but must be a {kind.__name__}")
+    for name, (start, low, high, end) in RANGES.items():
+        value = getattr(config, name)
+        above = low < value if start == "(" else low <= value
+        below = value < high if end == ")" else value <= high
+        if not (above and below):
+            raise InputError(f"{name} is {value}, but must be in {start}{low}, {high}{end}")
+    sizes = config.hidden_sizes
+    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise InputError(f"hidden_sizes is {sizes}, but must be one positive number per layer")
+    if config.matmul_precision not in ("highest", "high", "medium"):
+        raise InputError(
+            f"matmul_precision is {config.matmul_precision!r}, not highest, high, medium"
+        )
+    if Path(config.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg file")
+    if not config.evaluate and not os.access(Path(config.plot).parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"plot is {config.plot}, but {Path(config.plot).parent} cannot be written to"
+        )
+    if Path(config.name).name != config.name:
+        raise InputError(
+            f"name is {config.name}, but must be one folder's name; --out-dir says where"
+        )
 
-    observations: Tensor  # (N, observation_dim)
-    actions: Tensor  # (N, action_dim), in [-1, 1]
-    rewards: Tensor  # (N,)
-    next_observations: Tensor  # (N, observation_dim)
-    terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or met the time limit
+
+def differences(config: Config, other: Config) -> dict[str, Any]:
+    """The learning settings of ``config`` that are not those of ``other``."""
+    return {
+        name: getattr(config, name)
+        for name in LEARNING
+        if getattr(config, name) != getattr(other, name)
+    }
 
 
-def read_transitions(file: str | Path | dict[str, np.ndarray], max_episode_steps: int = 1000) -> Transitions:
-    """The transitions of a d4rl-pybullet file, given by its path or its rows. Raises InputError if it holds none.
-
-    Row i of the file holds (observation_i, action_i, r, d) where r and d arrived WITH observation_i, from the step
-    before. So the transition that starts in row i takes its reward and its end from row i + 1. An episode of T steps
-    closes with an extra row (last observation, zero action, terminal 1): T + 1 rows, of which the last starts no
-    transition. Nor does the last row of a file cut in mid-episode. Terminal is 1 at the time limit as well: an
-    episode of ``max_episode_steps`` steps was cut, not ended, and its last transition is no termination.
-    """
-    rows = file if isinstance(file, dict) else read_rows(file)[0]
-    end_row = rows["terminals"] == 1
-    start = np.flatnonzero(~end_row[:-1])
-    end = np.flatnonzero(end_row)
-    steps = np.diff(end, prepend=-1) - 1
-    termination = np.zeros(len(end_row), np.float32)
-    termination[end[steps < max_episode_steps]] = 1
-    s, a, s_next = rows["observations"][start], rows["actions"][start], rows["observations"][start + 1]
-    return Transitions(*map(torch.from_numpy, (s, a, rows["rewards"][start + 1], s_next, termination[start + 1])))
+def varied_words(config: Config) -> list[str]:
+    """What is not the default, and the seed, as words: alpha0, no-clamp_advantage, seed3."""
+    words = []
+    for name, value in (differences(config, Config()) | {"seed": config.seed}).items():
+        if isinstance(value, bool):
+            words.append(name if value else f"no-{name}")
+        elif isinstance(value, tuple):
+            words.append(name + "x".join(map(str, value)))
+        elif isinstance(value, float):
+            words.append(f"{name}{value:g}")
+        else:
+            words.append(f"{name}{value}")
+    return words
 
 
-# ------------------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------------------------------------- output
+say = tqdm.write  # a line of the log on stdout, above a progress bar if there is one
+
+
+def printable(text: str) -> str:
+    """``text`` as it can be printed and stored: a file's name need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside ``path``, then rename: ``path`` is at any time the old or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------- networks
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers of these sizes with ReLU between: (B, sizes[0]) -> (B, sizes[-1])."""
-    layers = [layer for size, size_out in itertools.pairwise(sizes) for layer in (nn.Linear(size, size_out), nn.ReLU())]
+    layers: list[nn.Module] = []
+    for size_in, size_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(size_in, size_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -163,637 +276,1711 @@ class DoubleQNetwork(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """π(a|s) = N(tanh(μ(s)), σ²), with one σ an action dimension, as in IQL. It acts with its mean, tanh(μ(s))."""
+    """π(a|s) = N(tanh(μ(s)), σ²) with one σ per action dimension, as in IQL.
+
+    It acts with its mean, tanh(μ(s)).
+    """
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
         self.mu = mlp(observation_dim, *hidden_sizes, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
-        # what the training data were normalised with, so that a policy acts on the simulator's own observations
+        # What the data were normalised with: a policy acts on the simulator's own observations.
         self.observation_mean = nn.Buffer(torch.zeros(observation_dim))
         self.observation_std = nn.Buffer(torch.ones(observation_dim))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Mean actions: normalised observations (B, observation_dim) -> (B, action_dim) in [-1, 1]."""
+        """Mean actions: normalised observations (B, observation_dim) -> (B, action_dim)."""
         return torch.tanh(self.mu(observations))
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """log π(a|s): (B, observation_dim), (B, action_dim) -> (B,)."""
         z = (actions - self(observations)) * torch.exp(-self.log_std)
-        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        log_densities = -0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)
+        return log_densities.sum(-1)
+
+    def std(self) -> Tensor:
+        """σ: (action_dim,)."""
+        return self.log_std.exp()
+
+    def project(self, min_log_std: float) -> None:
+        """Keep σ above its floor, after a gradient step.
+
+        The data's actions are often a function of the state, which drives σ to 0. A clamp in the
+        likelihood instead would kill the gradient, and σ could not grow again.
+        """
+        self.log_std.clamp_(min=min_log_std)
 
     @torch.no_grad()
     def act(self, observation: np.ndarray) -> np.ndarray:
-        """The mean action (action_dim,) for one observation (observation_dim,) as the environment gives it."""
-        x = torch.as_tensor(observation, dtype=torch.float32, device=self.log_std.device)
-        return self((x - self.observation_mean) / self.observation_std).cpu().numpy()
+        """The mean action (action_dim,), in [-1, 1], for one observation (observation_dim,)."""
+        x = torch.as_tensor(observation, dtype=torch.float32, device=self.observation_mean.device)
+        x = (x - self.observation_mean) / self.observation_std
+        return self(x).cpu().numpy()
 
 
-# -------------------------------------------------------------------------------------------------- losses
+def make_policy(observation_dim: int, action_dim: int, config: Config) -> GaussianPolicy:
+    """The policy that is trained, saved, loaded and evaluated: another class goes in here.
+
+    It has the methods and the two buffers of ``GaussianPolicy``.
+    """
+    return GaussianPolicy(observation_dim, action_dim, config.hidden_sizes)
+
+
+# ------------------------------------------------------------------------------------------- losses
 def expectile_loss(diff: Tensor, tau: float) -> Tensor:
     """mean of |τ − 1(diff<0)| · diff²: (B,) -> (). IQL, equation 5, with diff = Q̄(s,a) − V(s)."""
-    return (torch.where(diff < 0, 1 - tau, tau) * diff**2).mean()
+    weight = torch.where(diff < 0, 1 - tau, tau)
+    return (weight * diff**2).mean()
 
 
-def conservative_penalty(q_neg: Tensor, q_data: Tensor) -> Tensor:
-    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)): (B · num_neg,), (B,) -> (), of one critic. CQL's gap, clamped at zero."""
-    return torch.relu(q_neg.mean() - q_data.mean())
+def conservative_gap(q_neg: Tensor, q_data: Tensor) -> Tensor:
+    """E_ā Q(s,ā) − E_a Q(s,a): (B · num_neg,), (B,) -> (), of one critic. The gap of CQL."""
+    return q_neg.mean() - q_data.mean()
 
 
-def awr_weights(advantage: Tensor, beta: float, max_weight: float) -> Tensor:
-    """min(exp(β · max(0, A)), max_weight): (B,) -> (B,), with A = Q̄(s,a) − V(s). IQL, equation 7, clamped."""
-    return torch.exp(beta * advantage.clamp(min=0)).clamp(max=max_weight)
+def conservative_penalty(q_neg: Tensor, q_data: Tensor, clamp_open: Tensor | None = None) -> Tensor:
+    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)): (B · num_neg,), (B,) -> (), of one critic. CQL's gap, clamped.
+
+    The clamp is of the mean gap of the whole batch. A part of a batch does not know that mean, so
+    it is given ``clamp_open``, 1 where the mean is above zero, else 0: clamp_open · gap has the
+    value and the gradient of its share.
+    """
+    gap = conservative_gap(q_neg, q_data)
+    if clamp_open is None:
+        return torch.relu(gap)
+    return clamp_open * gap
 
 
-# --------------------------------------------------------------------------------------------------- agent
-Metrics = dict[str, Tensor]  # what a step reports, each a mean over the batch
-METRICS = ("value_loss", "q_loss", "policy_loss", "penalty", "q", "v", "advantage", "clamp_open", "policy_std")
-NETWORKS = ("policy", "value", "critic", "target_critic")
-ADAM = ("exp_avgs", "exp_avg_sqs", "adam_steps")
-ON_AMD = os.path.exists("/proc/cpuinfo") and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+def awr_weights(
+    advantage: Tensor, beta: float, max_weight: float, clamp_advantage: bool = True
+) -> Tensor:
+    """min(exp(β · max(0, A)), max_weight): (B,) -> (B,), with A = Q̄(s,a) − V(s).
+
+    IQL, equation 7, which has no max(0, ·): there clamp_advantage is False.
+    """
+    if clamp_advantage:
+        advantage = advantage.clamp(min=0)
+    return torch.exp(beta * advantage).clamp(max=max_weight)
+
+
+# -------------------------------------------------------------------------------------------- agent
+class Transitions(NamedTuple):
+    """N transitions, float32."""
+
+    observations: Tensor  # (N, observation_dim)
+    actions: Tensor  # (N, action_dim), in [-1, 1]
+    rewards: Tensor  # (N,)
+    next_observations: Tensor  # (N, observation_dim)
+    terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or was cut
+
+
+Metrics = dict[str, Tensor]  # what a step reports by name, each a mean over the batch, ()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises InputError if it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
+        raise InputError(f"device is {name}, which is not here; use auto, cpu or cuda") from error
+
+
+def runs_on_amd() -> bool:
+    """Is this an AMD processor, and oneDNN built in?"""
+    cpu = Path("/proc/cpuinfo")
+    return (
+        cpu.exists() and "AuthenticAMD" in cpu.read_text() and torch.backends.mkldnn.is_available()
+    )
+
+
+@contextlib.contextmanager
+def compiler_settings(on_cpu: bool) -> Iterator[None]:
+    """Context in which torch compiles the step as is fastest here."""
+    import torch._inductor.config
+    from torch._inductor import lowering
+
+    mm = torch.ops.aten.mm.default
+    addmm = torch.ops.aten.addmm.default
+    usual: dict[Any, Any] = {operator: lowering.lowerings[operator] for operator in (mm, addmm)}
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: lowering.lowerings.update(usual))
+        # the backward pass in the same graph as the forward one
+        stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        # no Python between the kernels
+        stack.enter_context(torch._inductor.config.patch(cpp_wrapper=on_cpu))
+        if on_cpu and runs_on_amd():
+            # torch's usual library for float32 products, MKL, runs at half of oneDNN's rate on AMD
+            kernel = torch.ops.mkldnn._linear_pointwise.default
+            onednn = lowering.fallback_handler(kernel, add_to_fallback_set=False)
+
+            def product(x: Any, w: Any, b: Any = None) -> Any:
+                return onednn(x, lowering.permute(w, [1, 0]), b, "none", [], "")
+
+            lowering.lowerings[mm] = product
+            lowering.lowerings[addmm] = lambda b, x, w: product(x, w, b)
+            # The pattern matcher would make some of the products MKL's again.
+            stack.enter_context(torch._inductor.config.patch(pattern_matcher=False))
+        yield
 
 
 class CIQL:
-    """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step."""
+    """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step.
+
+    An idea that is no setting is a subclass, given to ``train`` as ``make_agent``.
+    """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
-        self.config, self.device = config, find_device(config.device)
+        self.config = config
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+        self.device = find_device(config.device)
         self.on_cpu = self.device.type == "cpu"
-        self.policy = GaussianPolicy(observation_dim, action_dim, config.hidden_sizes).to(self.device)
-        self.value = ValueNetwork(observation_dim, config.hidden_sizes).to(self.device)
-        self.critic = DoubleQNetwork(observation_dim, action_dim, config.hidden_sizes).to(self.device)
+        sizes = config.hidden_sizes
+        self.policy = make_policy(observation_dim, action_dim, config).to(self.device)
+        self.value = ValueNetwork(observation_dim, sizes).to(self.device)
+        self.critic = DoubleQNetwork(observation_dim, action_dim, sizes).to(self.device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.parameters: list[Tensor] = [p for net in (self.policy, self.value, self.critic) for p in net.parameters()]
-        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
-        self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
-        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))  # Adam's
-        self.adam_steps = [torch.zeros((), device=self.device) for _ in self.parameters]
-        self.clamp_open = False  # was it at the last step?
+        policy = list(self.policy.parameters())
+        others = [*self.value.parameters(), *self.critic.parameters()]
+        self.parameters = policy + others
+        groups = [{"params": policy}, {"params": others}]
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
+        self.steps = 0  # gradient steps taken
+        # A batch is worked in equal parts. Their number does not depend on that of the threads, so
+        # the bits do not either.
+        self.parts = math.gcd(config.batch_size, config.batch_parts) if self.on_cpu else 1
+        self.map: Callable[..., Any] = map  # one after another; ``train`` puts a thread pool's here
 
-    def gradients(self, batch: Transitions, negative_actions: Tensor, open_clamp: bool) -> tuple[Any, Metrics]:
-        """Gradients of the losses, of the penalty only if ``open_clamp``, in one backward pass; figures for the log."""
-        c, (s, a, r, s_next, terminated) = self.config, batch
+    def losses(
+        self,
+        batch: Transitions,
+        negative_actions: Tensor,
+        with_penalty: bool,
+        clamp_open: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """The sum of the three losses (), and figures () for the log: what an idea edits.
+
+        ``batch`` is one of the equal parts of a step's batch (observations normalised), and the
+        step takes the mean of the parts. So each loss and figure must be a mean over transitions,
+        and draw no random numbers, as parts run in threads. What is not such a mean belongs in
+        ``update``, as the clamp does: a part gets ``clamp_open`` (2,), one per critic; None where
+        it is the whole batch. ``negative_actions``: (B, num_neg, action_dim). Without
+        ``with_penalty`` the clamp is taken to be closed.
+
+        No loss reaches another's network: Q̄ and y are targets, made without gradient, and the
+        advantage is detached. So one backward pass of the sum serves all three.
+        """
+        c = self.config
+        s = batch.observations
+        a = batch.actions
         with torch.no_grad():
             q_bar = torch.minimum(*self.target_critic(s, a))
-            y = r + c.gamma * (1 - terminated) * self.value(s_next)
+            v_next = self.value(batch.next_observations)
+            y = batch.rewards + c.gamma * (1 - batch.terminations) * v_next
 
+        # V: the expectile of Q̄ over the data's actions
         v = self.value(s)
         value_loss = expectile_loss(q_bar - v, c.tau)
 
+        # Q: one step of bootstrap from V, and the penalty on actions off the data
         q1, q2 = self.critic(s, a)
-        penalty = torch.zeros_like(value_loss)
+        td_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
+        penalty = torch.zeros_like(td_loss)
+        gap1 = gap2 = torch.zeros_like(td_loss)
         if c.alpha > 0:
-            with torch.set_grad_enabled(open_clamp):
-                neg1, neg2 = self.critic(s.repeat_interleave(c.num_neg, 0), negative_actions.flatten(0, 1))
-                penalty = conservative_penalty(neg1, q1) + conservative_penalty(neg2, q2)
-        q_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean() + c.alpha * penalty
+            with torch.set_grad_enabled(with_penalty):
+                s_neg = s.repeat_interleave(c.num_neg, 0)
+                neg1, neg2 = self.critic(s_neg, negative_actions.flatten(0, 1))
+                gap1 = conservative_gap(neg1, q1)
+                gap2 = conservative_gap(neg2, q2)
+            if with_penalty:
+                open1, open2 = (None, None) if clamp_open is None else clamp_open
+                penalty = conservative_penalty(neg1, q1, open1)
+                penalty = penalty + conservative_penalty(neg2, q2, open2)
+        q_loss = td_loss + c.alpha * penalty
 
+        # π: cloning of the data's actions, weighted by their advantage
         advantage = (q_bar - v).detach()
-        weights = awr_weights(advantage, c.beta, c.max_weight)
+        weights = awr_weights(advantage, c.beta, c.max_weight, c.clamp_advantage)
         policy_loss = -(weights * self.policy.log_prob(s, a)).mean()
 
-        q, clamp_open, policy_std = (q1.mean() + q2.mean()) / 2, (penalty > 0).float(), self.policy.log_std.exp().mean()
-        figures = (value_loss, q_loss, policy_loss, penalty, q, v.mean(), advantage.mean(), clamp_open, policy_std)
-        metrics = {name: figure.detach() for name, figure in zip(METRICS, figures, strict=True)}
-        return torch.autograd.grad(value_loss + q_loss + policy_loss, self.parameters), metrics
+        metrics = {
+            "value_loss": value_loss,
+            "q_loss": q_loss,
+            "policy_loss": policy_loss,
+            "penalty": penalty,
+            "gap1": gap1,
+            "gap2": gap2,
+            "q": (q1.mean() + q2.mean()) / 2,
+            "v": v.mean(),
+            "advantage": advantage.mean(),
+            "policy_std": self.policy.std().mean(),
+        }
+        loss = value_loss + q_loss + policy_loss
+        return loss, {name: figure.detach() for name, figure in metrics.items()}
 
-    def update(self, batch: Transitions) -> Metrics:
-        """One gradient step on B transitions (observations normalised); returns the losses, scalars on the device."""
+    def gradients(
+        self,
+        batch: Transitions,
+        negative_actions: Tensor,
+        with_penalty: bool,
+        clamp_open: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """The gradient of ``losses`` by all parameters, flat (P,), so that parts add up."""
+        loss, metrics = self.losses(batch, negative_actions, with_penalty, clamp_open)
+        gradients = torch.autograd.grad(loss, self.parameters)
+        return torch.cat([gradient.flatten() for gradient in gradients]), metrics
+
+    def mean_of_parts(
+        self,
+        data: Transitions,
+        index: Tensor,
+        negative_actions: Tensor,
+        with_penalty: bool,
+        clamp_open: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """``gradients`` of the rows ``index`` of ``data``: the mean of those of the parts."""
+
+        def work(rows: Tensor, actions: Tensor) -> tuple[Tensor, Metrics]:
+            batch = Transitions(*(column[rows] for column in data))
+            return self.gradients(batch, actions, with_penalty, clamp_open)
+
+        parts = list(self.map(work, index.chunk(self.parts), negative_actions.chunk(self.parts)))
+        gradient, metrics = parts[0]
+        for other, _ in parts[1:]:  # in order, whichever thread was first
+            gradient = gradient + other
+        for name in metrics:
+            metrics[name] = torch.stack([figures[name] for _, figures in parts]).mean()
+        return gradient / self.parts, metrics
+
+    def update(self, data: Transitions) -> Metrics:
+        """One gradient step on a batch drawn from ``data``, which ``prepare`` made."""
         c = self.config
-        size = len(batch.actions), c.num_neg * (c.alpha > 0), batch.actions.shape[1]
+        index = torch.randint(len(data.rewards), (c.batch_size,), device=self.device)
+        num_neg = c.num_neg if c.alpha > 0 else 0
+        size = (c.batch_size, num_neg, self.action_dim)
         negative_actions = torch.rand(size, device=self.device) * 2 - 1
-        # ReLU'(x) = 0 for x <= 0: with the clamp closed, leaving out the penalty's backward pass, over half of the work,
-        # is exact. Take it as the last step found it; go again if that was wrong. On CUDA the branch would cost a wait.
-        open_clamp = self.clamp_open or not self.on_cpu
-        gradients, metrics = self.gradients(batch, negative_actions, open_clamp)
-        if self.on_cpu and c.alpha > 0:
-            self.clamp_open = bool(metrics["penalty"] > 0)
-            if self.clamp_open and not open_clamp:
-                gradients, metrics = self.gradients(batch, negative_actions, True)
-        self.apply(gradients)
+
+        # On the CPU a first pass only measures the gaps. Nearly always both are below zero: penalty
+        # and gradient are 0, and over half of the work is saved. Otherwise a second pass includes
+        # the penalty. On CUDA the host would have to wait to know, so it is always included.
+        sampled = (data, index, negative_actions)
+        gradient, metrics = self.mean_of_parts(*sampled, with_penalty=not self.on_cpu)
+        gaps = torch.stack([metrics["gap1"], metrics["gap2"]])
+        if self.on_cpu and gaps.max() > 0:
+            clamp_open = (gaps > 0).float()
+            gradient, metrics = self.mean_of_parts(*sampled, True, clamp_open)
+        metrics["clamp_open"] = (gaps.max() > 0).float()
+
+        if c.policy_lr_decay:
+            remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
+            self.optimizer.param_groups[0]["lr"] = c.lr * remaining
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, piece in zip(self.parameters, gradient.split(sizes), strict=True):
+            parameter.grad = piece.view_as(parameter)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.policy.project(c.min_log_std)
+            targets = self.target_critic.parameters()
+            for target, source in zip(targets, self.critic.parameters(), strict=True):
+                target.lerp_(source, c.polyak)
+        self.steps += 1
         return metrics
 
-    @torch.no_grad()
-    def apply(self, gradients: Sequence[Tensor]) -> None:
-        """One step of Adam over all parameters, then Polyak averaging of the target critic."""
-        traced = torch.compiler.is_compiling()  # on CUDA alone; a fused kernel cannot be
-        adam(
-            self.parameters, list(gradients), self.exp_avgs, self.exp_avg_sqs, [], self.adam_steps,
-            fused=not traced, foreach=traced, capturable=traced, amsgrad=False, maximize=False,
-            beta1=0.9, beta2=0.999, lr=self.config.lr, weight_decay=0.0, eps=1e-8,
-        )  # fmt: skip
-        # The data's actions are often a function of the state, which drives σ to 0. A projection, not a clamp in the
-        # likelihood: that would kill the gradient, and σ could not grow again.
-        self.policy.log_std.clamp_(min=self.config.min_log_std)
-        torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.config.polyak)
+    def evaluated_policy(self) -> nn.Module:
+        """The policy that evaluations play and ``load_policy`` loads."""
+        return self.policy
 
     def prepare(self, data: Transitions) -> Transitions:
-        """Normalise the observations (in place), tell the policy how, and move the data to the device."""
+        """Normalise the observations, tell the policy how, and move the data to the device."""
         std, mean = torch.std_mean(data.observations, 0)
         std += 1e-3
         self.policy.observation_mean.copy_(mean)
         self.policy.observation_std.copy_(std)
-        for observations in (data.observations, data.next_observations):
-            observations.sub_(mean).div_(std)
-        return Transitions(*(column.to(self.device) for column in data))
+        normalised = data._replace(
+            observations=(data.observations - mean) / std,
+            next_observations=(data.next_observations - mean) / std,
+        )
+        return Transitions(*(column.to(self.device) for column in normalised))
 
-    def step(self, data: Transitions) -> Metrics:
-        """``update`` on a batch drawn from ``data``, which lies on the device."""
-        index = torch.randint(len(data.rewards), (self.config.batch_size,), device=self.device)
-        return self.update(Transitions(*(column[index] for column in data)))
+    def compile(self, data: Transitions) -> None:
+        """Have ``gradients`` compiled for batches of ``data``, or say why it stays as it is.
 
-    def compiled_step(self, data: Transitions) -> Callable[[Transitions], Metrics]:
-        """``step`` by torch.compile; or as it is, with a line that says why, where that fails."""
-        torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
-        torch._dynamo.config.trace_autograd_ops = True  # the backward pass in the graph
-        torch._inductor.config.fallback_random = True  # the eager step's random numbers
-        torch._inductor.config.cpp_wrapper = self.on_cpu  # no Python between the kernels
-        if self.on_cpu and ON_AMD and torch.backends.mkldnn.is_available():
-            compile_onednn()
-        c, gradients = self.config, torch.compile(self.gradients, fullgraph=True)
-        batch = Transitions(*(column[[0] * c.batch_size] for column in data))
-        negative_actions = batch.actions.new_zeros(c.batch_size, c.num_neg * (c.alpha > 0), batch.actions.shape[1])
+        What is private to torch's compiler is in here and in ``compiler_settings``, inside the
+        ``try``, so that another release of torch costs speed and not the run.
+        """
+        c = self.config
+        rows = [0] * (c.batch_size // self.parts)
+        batch = Transitions(*(column[rows] for column in data))
+        num_neg = c.num_neg if c.alpha > 0 else 0
+        actions = batch.actions.new_zeros(len(rows), num_neg, self.action_dim)
+        clamp_open = batch.rewards.new_ones(2) if self.on_cpu else None
+        eager = self.gradients
+
+        # Two functions, as the compiler's look-up among the graphs of one is not thread-safe.
+        def closed(batch: Transitions, actions: Tensor) -> tuple[Tensor, Metrics]:
+            return eager(batch, actions, False)
+
+        def opened(
+            batch: Transitions, actions: Tensor, clamp_open: Tensor | None
+        ) -> tuple[Tensor, Metrics]:
+            return eager(batch, actions, True, clamp_open)
+
         try:
-            gradients(batch, negative_actions, False)
-        except Exception as error:  # noqa: BLE001  (any of the compiler's; a bug of ours comes up again eagerly)
+            torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
+            compiled_closed = torch.compile(closed, fullgraph=True)
+            compiled_opened = torch.compile(opened, fullgraph=True)
+            with compiler_settings(self.on_cpu):
+                if self.on_cpu:
+                    compiled_closed(batch, actions)
+                if c.alpha > 0 or not self.on_cpu:
+                    compiled_opened(batch, actions, clamp_open)
+        except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
-            return self.step
-        self.gradients = gradients  # type: ignore[method-assign]
-        return self.step if self.on_cpu else torch.compile(self.step, fullgraph=True)
+            return
+
+        def compiled(
+            batch: Transitions,
+            actions: Tensor,
+            with_penalty: bool,
+            clamp_open: Tensor | None = None,
+        ) -> tuple[Tensor, Metrics]:
+            if with_penalty:
+                return compiled_opened(batch, actions, clamp_open)
+            return compiled_closed(batch, actions)
+
+        self.gradients = compiled  # type: ignore[method-assign, assignment]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, but for the random state."""
-        networks = {name: getattr(self, name).state_dict() for name in NETWORKS}
-        return networks | {name: getattr(self, name) for name in (*ADAM, "clamp_open")}
+        """The count of steps, and the state of every attribute that is a module or optimiser.
+
+        With the random state, that is all that the next step depends on.
+        """
+        state: dict[str, Any] = {"steps": self.steps}
+        for name, part in vars(self).items():
+            if isinstance(part, (nn.Module, torch.optim.Optimizer)):
+                state[name] = part.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in NETWORKS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in ADAM:
-            torch._foreach_copy_(getattr(self, name), state[name])
-        self.clamp_open = state["clamp_open"]
+        """Raises KeyError, RuntimeError or ValueError for a state that is not of such an agent."""
+        if state.keys() != self.state_dict().keys():
+            raise KeyError(f"{list(state)} is not {list(self.state_dict())}")
+        for name, saved in state.items():
+            if name == "steps":
+                self.steps = saved
+            else:
+                getattr(self, name).load_state_dict(saved)
+        for group in self.optimizer.param_groups:  # the saved state holds the old rate as well
+            group["lr"] = self.config.lr
 
 
-@functools.cache
-def compile_onednn() -> None:
-    """Have torch.compile take oneDNN for float32 products on the CPU: MKL, torch's usual library, is slow on AMD."""
-    from torch._inductor import config, ir, lowering, mkldnn_ir
+# --------------------------------------------------------------------------------------------- data
+class Environment(NamedTuple):
+    """What training must know of an environment, and the returns that make its score."""
 
-    rules, mm, addmm = lowering.lowerings, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
-    usual_mm, usual_addmm = rules[mm], rules[addmm]
-
-    def product(x: Any, w: Any) -> Any:
-        if (x.get_device().type, x.get_dtype()) != ("cpu", torch.float32):
-            return usual_mm(x, w)
-        call = mkldnn_ir.LinearUnary  # which takes w transposed, as a view too
-        x, w = call.require_contiguous(call.realize_input(x)), call.realize_input(lowering.permute(w, [1, 0]))
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], w.get_size()[0]])
-        return ir.TensorBox.create(mkldnn_ir._create_output_node(call(layout, [x, w], [None, "none", [-1], ""])))
-
-    rules[mm] = product
-    rules[addmm] = lambda b, x, w, **scale: usual_addmm(b, x, w, **scale) if scale else lowering.add(product(x, w), b)
-    config.pattern_matcher = False  # which would make some of them MKL's again
-
-
-# ---------------------------------------------------------------------------------------------- data files
-class Robot(NamedTuple):
-    """Environment of three data sets, with the returns that make its score: random is 0, expert is 100."""
-
-    env_id: str
-    dims: tuple[int, int]  # of observations and actions
-    random_return: float
-    expert_return: float
+    observation_dim: int
+    action_dim: int
+    max_episode_steps: int = 1000
+    action_low: tuple[float, ...] | float = -1.0
+    action_high: tuple[float, ...] | float = 1.0
+    random_return: float | None = None  # of score 0; None: no score
+    expert_return: float | None = None  # of score 100
+    never_ends: bool = False  # no episode ends but by the time limit
 
     def score(self, episode_return: Any) -> Any:
         """D4RL's normalised score, 100 · (return − random) / (expert − random)."""
-        return 100 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
+        assert self.random_return is not None and self.expert_return is not None
+        return (
+            100 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
+        )
 
 
-# Random: published means (ant: measured; its dynamics have changed). Expert: stable-baselines3, d4rl-pybullet issue 2.
+# Random: published means, but for Ant, whose dynamics have changed: measured. Expert: the agents of
+# stable-baselines3, d4rl-pybullet issue 2.
 ROBOTS = {
-    "halfcheetah": Robot("HalfCheetahBulletEnv-v0", (26, 6), -1304.0, 3000.0),
-    "hopper": Robot("HopperBulletEnv-v0", (15, 3), 18.6, 2500.0),
-    "walker2d": Robot("Walker2DBulletEnv-v0", (22, 6), 15.0, 2500.0),
-    "ant": Robot("AntBulletEnv-v0", (28, 8), 432.0, 3300.0),
+    "HalfCheetahBulletEnv-v0": Environment(
+        26, 6, random_return=-1304.0, expert_return=3000.0, never_ends=True
+    ),
+    "HopperBulletEnv-v0": Environment(15, 3, random_return=18.6, expert_return=2500.0),
+    "Walker2DBulletEnv-v0": Environment(22, 6, random_return=15.0, expert_return=2500.0),
+    "AntBulletEnv-v0": Environment(28, 8, random_return=432.0, expert_return=3300.0),
 }
-DATASETS = [f"{robot}-bullet-{kind}-v0" for robot in ROBOTS for kind in ("random", "medium", "mixed")]
-KEYS = """jnvpb1hp60zt2ak v4xgssp1w968a9l scj1rqun963aw90 bino8ojd7iq4p4d w22kgzldn6eng7j xv3p0h7dzgxt8xb
-1gwcfl2nmx6878m v0f2kz48b1hw6or i4u2ii0d85iblou 2xpmh4wk2m7i8xh 6n79kwd94xthr1t pmy3dzab35g4whk"""  # in that order
-DOWNLOAD_URLS = {
-    name: f"https://www.dropbox.com/s/{key}/{name}.hdf5?dl=1" for name, key in zip(DATASETS, KEYS.split(), strict=True)
+DATASETS = {  # of github.com/takuseno/d4rl-pybullet: environment, and key of the address
+    "halfcheetah-bullet-random-v0": ("HalfCheetahBulletEnv-v0", "jnvpb1hp60zt2ak"),
+    "halfcheetah-bullet-medium-v0": ("HalfCheetahBulletEnv-v0", "v4xgssp1w968a9l"),
+    "halfcheetah-bullet-mixed-v0": ("HalfCheetahBulletEnv-v0", "scj1rqun963aw90"),
+    "hopper-bullet-random-v0": ("HopperBulletEnv-v0", "bino8ojd7iq4p4d"),
+    "hopper-bullet-medium-v0": ("HopperBulletEnv-v0", "w22kgzldn6eng7j"),
+    "hopper-bullet-mixed-v0": ("HopperBulletEnv-v0", "xv3p0h7dzgxt8xb"),
+    "walker2d-bullet-random-v0": ("Walker2DBulletEnv-v0", "1gwcfl2nmx6878m"),
+    "walker2d-bullet-medium-v0": ("Walker2DBulletEnv-v0", "v0f2kz48b1hw6or"),
+    "walker2d-bullet-mixed-v0": ("Walker2DBulletEnv-v0", "i4u2ii0d85iblou"),
+    "ant-bullet-random-v0": ("AntBulletEnv-v0", "2xpmh4wk2m7i8xh"),
+    "ant-bullet-medium-v0": ("AntBulletEnv-v0", "6n79kwd94xthr1t"),
+    "ant-bullet-mixed-v0": ("AntBulletEnv-v0", "pmy3dzab35g4whk"),
 }
-SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected, they stand in for want of a network
+DOWNLOAD_URL = "https://www.dropbox.com/s/{key}/{dataset}.hdf5?dl=1"
 NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
+SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected, they stand in without a network
 
 
-def read_rows(path: str | Path, dims: tuple[int, ...] | None = None) -> tuple[dict[str, np.ndarray], str]:
-    """Read and check a d4rl-pybullet file: its columns (N, ...), float32, and how it was re-collected (or "").
+def read_columns(path: str | Path) -> tuple[dict[str, np.ndarray], str]:
+    """The columns of an HDF5 file, float32, and how it was re-collected (or "").
 
-    ``dims`` is (observation_dim, action_dim) of the environment it must fit. Raises InputError, naming file and key.
+    Raises InputError if one is missing, or their shapes do not fit together.
     """
-    keys = ("observations", "actions", "rewards", "terminals")
+    columns = {}
     try:
         with h5py.File(path) as file:
-            s, a, r, d = (file[key].astype(np.float32)[()] for key in keys)
+            for key in ("observations", "actions", "rewards", "terminals"):
+                columns[key] = np.asarray(file[key][()], np.float32)
+            for key in ("timeouts", "next_observations"):
+                if key in file:
+                    columns[key] = np.asarray(file[key][()], np.float32)
             source = str(file.attrs.get("source", ""))
-    except (OSError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); is it a whole d4rl-pybullet HDF5 file?") from error
-    r, d = (column[:, 0] if column.shape[1:] == (1,) else column for column in (r, d))  # stored as (N, 1) or (N,)
-    rows, own = dict(zip(keys, (s, a, r, d), strict=True)), (*s.shape[1:], *a.shape[1:])
-    fit = s.ndim == a.ndim == 2 and r.shape == d.shape == s.shape[:1] == a.shape[:1]
-    not_finite = [key for key in keys if not np.isfinite(rows[key]).all()]
-    for valid, complaint in (
-        (fit, f"the shapes of {', '.join(f'{key} {rows[key].shape}' for key in keys)} do not fit together"),
-        (dims in (None, own), f"has {own} columns, but the environment {dims}; set env_id to the one of the recording"),
-        (not not_finite, f"{not_finite} holds NaN or infinite values; remove those episodes"),
-        ((np.abs(a) <= 1 + 1e-5).all(), "'actions' reach outside [-1, 1]; rescale them to the action box"),
-        (np.isin(d, (0, 1)).all(), "'terminals' holds values other than 0 and 1; mark end rows with 1"),
-        ((d.ravel()[:-1] == 0).any(), f"{d.size} rows hold no complete transition; an episode has two at least"),
-    ):
-        if not valid:
-            raise InputError(f"{path}: {complaint}")
-    return rows, source
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        cause: object = error
+        if isinstance(error, OSError) and error.errno:
+            cause = os.strerror(error.errno)  # without h5py's own story
+        remedy = "is it a whole HDF5 file with observations, actions, rewards and terminals?"
+        raise InputError(f"{path}: cannot be read ({cause}); {remedy}") from error
+    for key in ("rewards", "terminals", "timeouts"):
+        if key in columns and columns[key].shape[1:] == (1,):  # stored as (N, 1) or (N,)
+            columns[key] = columns[key][:, 0]
+
+    observations = columns["observations"]
+    expected = {
+        "observations": 2,
+        "actions": 2,
+        "rewards": 1,
+        "terminals": 1,
+        "timeouts": 1,
+        "next_observations": 2,
+    }
+    fits = columns.get("next_observations", observations).shape == observations.shape
+    for key, column in columns.items():
+        fits = fits and column.ndim == expected[key] and len(column) == len(observations)
+    if not fits:
+        shapes = ", ".join(f"{key} {column.shape}" for key, column in columns.items())
+        raise InputError(f"{path}: the shapes of {shapes} do not fit together")
+    for key in ("terminals", "timeouts"):
+        if key in columns and not np.isin(columns[key], (0, 1)).all():
+            raise InputError(f"{path}: '{key}' holds values other than 0 and 1; mark ends with 1")
+    return columns, source
 
 
-def episode_returns(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Undiscounted returns (E,) of the whole episodes."""
-    end = np.flatnonzero(rows["terminals"] == 1)
-    start = np.concatenate([[0], end[:-1] + 1])[: len(end)]
-    total = np.cumsum(rows["rewards"], dtype=np.float64)
-    return total[end] - total[start]  # the reward in an episode's first row belongs to no step of it
+Episodes = tuple[Transitions, np.ndarray, np.ndarray]  # transitions, returns, ended_after
 
 
-def load_dataset(config: Config) -> tuple[Transitions, np.ndarray, str]:
-    """Find, read and print the data set: its transitions, the returns of its whole episodes, a note for the picture."""
-    path, published = find_dataset(config.dataset), config.dataset in DOWNLOAD_URLS
-    rows, source = read_rows(path, config.robot.dims)
-    data, returns = read_transitions(rows), episode_returns(rows)
-    figures = f"mean return {returns.mean():.1f} ± {returns.std():.1f}" if len(returns) else "none of them whole"
-    say(f"data   {path}: {len(rows['rewards']):,} rows, {len(returns):,} episodes, {figures}")
-    say(f"       {len(data.rewards):,} transitions, {int(data.terminations.sum()):,} of them terminations")
-    if published and source:
-        say(f"NOTE   this is not the published {config.dataset}, but {source}")
-    return data, returns, " (re-collected, not the published file)" if published and source else ""
+def read_d4rl(columns: dict[str, np.ndarray]) -> Episodes:
+    """The transitions in the columns of a file in D4RL's layout (Fu et al., 2020).
+
+    Row i holds (observation_i, action_i, reward_i, terminal_i, timeout_i) of ONE step. Terminal
+    marks true terminations alone, timeout the last step of an episode that was cut. Without
+    ``next_observations`` the successor is the next row's observation. A step that was cut then has
+    none, nor has the last row of the file: these start no transition. A true termination needs
+    none; its own observation fills the place.
+    """
+    terminated = columns["terminals"] == 1
+    end = np.flatnonzero(terminated | (columns["timeouts"] == 1))
+    total = np.cumsum(columns["rewards"], dtype=np.float64)[end]
+    with np.errstate(invalid="ignore"):  # infinite rewards are refused later
+        returns = np.diff(total, prepend=0.0)
+    steps = np.diff(end, prepend=-1)
+
+    observations = columns["observations"]
+    if "next_observations" in columns:
+        successor = columns["next_observations"]
+        start = np.arange(len(observations))
+    else:
+        successor = np.concatenate([observations[1:], observations[-1:]])
+        successor[terminated] = observations[terminated]
+        has_successor = columns["timeouts"] == 0
+        has_successor[-1:] = False
+        start = np.flatnonzero(has_successor | terminated)
+    transitions = Transitions(
+        observations=torch.from_numpy(observations[start]),
+        actions=torch.from_numpy(columns["actions"][start]),
+        rewards=torch.from_numpy(columns["rewards"][start]),
+        next_observations=torch.from_numpy(successor[start]),
+        terminations=torch.from_numpy(terminated[start].astype(np.float32)),
+    )
+    return transitions, returns, steps[terminated[end]]
+
+
+def read_d4rl_pybullet(
+    path: str | Path, columns: dict[str, np.ndarray], max_episode_steps: int
+) -> Episodes:
+    """The transitions in the columns of a file in d4rl-pybullet's layout.
+
+    Row i holds (observation_i, action_i, r, d) where r and d arrived WITH observation_i, from the
+    step before. So the transition that starts in row i takes its reward and its end from row i + 1.
+    An episode of T steps closes with an extra row (last observation, zero action, terminal 1): it
+    has T + 1 rows, of which the last starts no transition. Nor does the last row of a file cut in
+    mid-episode. Terminal is 1 at the time limit as well: an episode of ``max_episode_steps`` steps
+    was cut, not ended, and its last transition is no termination.
+
+    Raises InputError, with ``path``, for columns that cannot be of this layout.
+    """
+    is_end = columns["terminals"] == 1
+    end = np.flatnonzero(is_end)
+    first = np.concatenate([[0], end + 1])  # the last one is of an episode that the file cuts
+    steps = np.append(end, len(is_end) - 1) - first
+    moving_ends = np.count_nonzero(columns["actions"][end].any(1))
+    rewarded_starts = np.count_nonzero(columns["rewards"][first[first < len(is_end)]])
+    if moving_ends or rewarded_starts:
+        raise InputError(
+            f"{path}: is of no known layout. In d4rl-pybullet's an episode ends with a row of zero"
+            f" actions (here {moving_ends} of {len(end)} do not) and begins with reward 0 (here"
+            f" {rewarded_starts} do not); D4RL's has 'timeouts': add them, and keep 'terminals' for"
+            " true terminations"
+        )
+    if steps.max() > max_episode_steps:
+        raise InputError(
+            f"{path}: has an episode of {steps.max():,} steps, but the time limit is"
+            f" {max_episode_steps:,}; set max_episode_steps to that of the recording"
+        )
+    first = first[:-1]  # of the whole episodes
+    steps = steps[:-1]
+    was_cut = steps == max_episode_steps
+    terminated = np.zeros(len(is_end), np.float32)
+    terminated[end[~was_cut]] = 1
+    # The reward in an episode's first row belongs to no step of it.
+    total = np.cumsum(columns["rewards"], dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # infinite rewards are refused later
+        returns = total[end] - total[first]
+
+    start = np.flatnonzero(~is_end[:-1])
+    transitions = Transitions(
+        observations=torch.from_numpy(columns["observations"][start]),
+        actions=torch.from_numpy(columns["actions"][start]),
+        rewards=torch.from_numpy(columns["rewards"][start + 1]),
+        next_observations=torch.from_numpy(columns["observations"][start + 1]),
+        terminations=torch.from_numpy(terminated[start + 1]),
+    )
+    return transitions, returns, steps[~was_cut]
+
+
+class Dataset(NamedTuple):
+    """A file of logged episodes, as it was read."""
+
+    transitions: Transitions
+    returns: np.ndarray  # (E,), undiscounted, of the whole episodes
+    ended_after: np.ndarray  # steps (T,) of the episodes that truly ended
+    rows: int
+    layout: str
+    source: str  # how it was re-collected, or ""
+
+
+def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
+    """Read an HDF5 file of logged episodes, in D4RL's layout or in that of d4rl-pybullet.
+
+    ``max_episode_steps`` is the time limit of the recording. Raises InputError if the file cannot
+    be read, or is in neither layout.
+    """
+    columns, source = read_columns(path)
+    if "timeouts" in columns:
+        transitions, returns, ended_after = read_d4rl(columns)
+        layout = "D4RL's layout"
+    else:
+        transitions, returns, ended_after = read_d4rl_pybullet(path, columns, max_episode_steps)
+        layout = "d4rl-pybullet's layout"
+    rows = len(columns["rewards"])
+    if len(transitions.rewards) < 2:
+        held = len(transitions.rewards)
+        raise InputError(
+            f"{path}: {rows} rows hold {held} complete transitions; at least 2 are needed"
+        )
+    return Dataset(transitions, returns, ended_after, rows, layout, source)
+
+
+def read_transitions(path: str | Path, max_episode_steps: int = 1000) -> Transitions:
+    """The transitions of a file in either layout. Raises as ``read_dataset``."""
+    return read_dataset(path, max_episode_steps).transitions
+
+
+def fitting_robot(path: Path) -> str:
+    """A hint for messages: the robot that the shapes of a file fit, if it is exactly one."""
+    try:
+        columns, _ = read_columns(path)
+    except InputError:
+        return ""
+    shapes = (columns["observations"].shape[1], columns["actions"].shape[1])
+    fitting = [env_id for env_id, robot in ROBOTS.items() if robot[:2] == shapes]
+    return f" (its shapes fit {fitting[0]})" if len(fitting) == 1 else ""
+
+
+def check_transitions(data: Transitions, environment: Environment, name: str) -> Transitions:
+    """``data`` with actions in [-1, 1]. Raises InputError, with ``name``, if they do not fit."""
+    n = len(data.rewards)
+    expected = {
+        "observations": (n, environment.observation_dim),
+        "actions": (n, environment.action_dim),
+        "rewards": (n,),
+        "next_observations": (n, environment.observation_dim),
+        "terminations": (n,),
+    }
+    for key, shape in expected.items():
+        column = getattr(data, key)
+        if tuple(column.shape) != shape:
+            raise InputError(
+                f"{name}: {key} has shape {tuple(column.shape)}, but {shape} fits the environment;"
+                f" set env_id to that of the recording{fitting_robot(Path(name))}"
+            )
+        if column.dtype != torch.float32:
+            raise InputError(f"{name}: {key} is {column.dtype}, but must be torch.float32")
+        if not np.isfinite(column.numpy()).all():
+            raise InputError(f"{name}: {key} holds NaN or infinite values; remove those episodes")
+    if n < 2:
+        raise InputError(f"{name}: holds {n} transitions, but training needs two at least")
+    if not np.isin(data.terminations.numpy(), (0, 1)).all():
+        raise InputError(f"{name}: terminations holds values other than 0 and 1")
+
+    low = torch.tensor(environment.action_low, dtype=torch.float32)
+    high = torch.tensor(environment.action_high, dtype=torch.float32)
+    tolerance = 1e-5 * (high - low) / 2
+    outside = (data.actions < low - tolerance) | (data.actions > high + tolerance)
+    if outside.any():
+        extreme = data.actions.abs().max().item()
+        raise InputError(
+            f"{name}: actions reach outside the action box (up to {extreme:.4g}); rescale them"
+        )
+    if (low == -1).all() and (high == 1).all():
+        return data
+    return data._replace(actions=(data.actions - low) / (high - low) * 2 - 1)
+
+
+def download(url: str, path: Path, environment: Environment) -> None:
+    """Fetch a data set; ``path`` is there only once it is whole and fits the environment.
+
+    Raises OSError or InputError.
+    """
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    downloader = pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, progressbar=sys.stderr.isatty())
+    part = f".{path.name}.{os.getpid()}.{threading.get_ident()}"
+    resolver = os.environ.get("RES_OPTIONS")
+    os.environ["RES_OPTIONS"] = "timeout:4 attempts:1"  # looking up a host has no other time-out
+    try:
+        fetched = pooch.retrieve(url, None, part, path.parent, downloader=downloader)
+        check_transitions(read_transitions(fetched), environment, path.name)
+        os.replace(fetched, path)
+    finally:
+        path.with_name(part).unlink(missing_ok=True)
+        if resolver is None:
+            del os.environ["RES_OPTIONS"]
+        else:
+            os.environ["RES_OPTIONS"] = resolver
 
 
 def find_dataset(dataset: str) -> Path:
-    """The file of ``dataset``, a path or one of the 12 ids: from the cache, the network or the embedded samples."""
-    cached = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / f"{dataset}.hdf5"
-    if dataset not in DOWNLOAD_URLS or cached.exists():
-        return cached if dataset in DOWNLOAD_URLS else Path(dataset)
-    import pooch
+    """The file of ``dataset``: a path as it is; an id from cache, network or embedded samples.
 
-    def fetch(url: str, part: str, _: object) -> None:
-        """Fill a temporary file, which pooch renames to ``cached`` if it is whole and fits the environment."""
-        pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, progressbar=sys.stderr.isatty())(url, part, None)
-        read_rows(part, ROBOTS[dataset.split("-")[0]].dims)
-
-    os.environ.setdefault("RES_OPTIONS", "timeout:4 attempts:1")  # looking up a host has no other time-out
-    pooch.get_logger().setLevel("WARNING")
-    url, sample = DOWNLOAD_URLS[dataset], SAMPLES / f"{dataset.removesuffix('-v0')}-sample.hdf5"
+    Raises InputError if an id has no file.
+    """
+    if dataset not in DATASETS:
+        return Path(dataset)
     try:
-        return Path(pooch.retrieve(url, None, cached.name, cached.parent, downloader=fetch))
+        folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{dataset} has no folder ({error}); set D4RL_DATASET_DIR") from error
+    cached = folder / f"{dataset}.hdf5"
+    if cached.exists():
+        return cached
+    env_id, key = DATASETS[dataset]
+    url = DOWNLOAD_URL.format(key=key, dataset=dataset)
+    try:
+        download(url, cached, ROBOTS[env_id])
+        return cached
     except (OSError, InputError) as error:
-        cause = f"cannot download {dataset}: {str(error).split('Caused by ')[-1]}"  # the rest is requests' own story
+        cause = str(error).split("Caused by ")[-1]  # what stands before it repeats the address
+        sample = SAMPLES / dataset.replace("-v0", "-sample.hdf5")
         if sample.exists():
-            say(f"NOTE   {cause}")
+            say(f"NOTE   cannot download {dataset}: {cause}")
             return sample
-        remedy = f"download {url} to {cached}, or re-collect it: python data/make_bullet_dataset.py --id {dataset}"
-        raise InputError(f"{cause}; {remedy}") from error
+        raise InputError(
+            f"cannot download {dataset}: {cause}; download {url} to {cached},"
+            f" or re-collect it: python data/make_bullet_dataset.py --id {dataset}"
+        ) from error
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
-def play_episode(policy: bytes, env_id: str, seed: int, film: Path | Literal[False] = False) -> float:
-    """Undiscounted return of an episode: a pure function of (pickled) policy and seed; ``film``: a GIF of 600 steps."""
+def note_ends(dataset: Dataset, environment: Environment, limit: int | None) -> None:
+    """Print a NOTE where time limits may have been read as terminations."""
+    if not len(dataset.ended_after):
+        return
+    lengths, counts = np.unique(dataset.ended_after, return_counts=True)
+    commonest = lengths[counts.argmax()]
+    cause = ""
+    if environment.never_ends:
+        cause = f"{len(dataset.ended_after):,} terminations of a robot that never falls"
+    elif counts.max() > max(1, len(dataset.returns) / 2):
+        cause = f"{counts.max():,} terminations after just {commonest} steps, the limit is {limit}"
+    if cause:
+        remedy = f"if episodes were cut, set max_episode_steps (to {commonest}?)"
+        if "D4RL" in dataset.layout:
+            remedy = "if episodes were cut, mark that in 'timeouts' and not in 'terminals'"
+        say(f"NOTE   {cause}: {remedy}")
+
+
+def load_dataset(config: Config, environment: Environment) -> Dataset:
+    """Find, read, check and print the data set. Raises InputError."""
+    path = find_dataset(config.dataset)
+    limit = config.max_episode_steps or environment.max_episode_steps
+    dataset = read_dataset(path, limit)
+    data = check_transitions(dataset.transitions, environment, str(path))
+    dataset = dataset._replace(transitions=data)
+    returns = dataset.returns
+    figures = "none of them whole"
+    if len(returns):
+        figures = f"mean return {returns.mean():.1f} ± {returns.std():.1f}"
+    say(f"data   {path}: {dataset.rows:,} rows, {len(returns):,} episodes, {figures}")
+    terminations = int(data.terminations.sum())
+    say(
+        f"       {len(data.rewards):,} transitions, {terminations:,} of them terminations,"
+        f" in {dataset.layout}"
+    )
+    if config.dataset in DATASETS and dataset.source:
+        say(f"NOTE   this is not the published {config.dataset}, but {dataset.source}")
+    note_ends(dataset, environment, limit)
+    return dataset
+
+
+def environment_id(config: Config) -> str:
+    """The environment of the data set. Raises InputError if it cannot be told."""
+    if config.env_id:
+        return config.env_id
+    if config.dataset in DATASETS:
+        return DATASETS[config.dataset][0]
+    path = Path(config.dataset)
+    if path.suffix in (".hdf5", ".h5") or path.exists():
+        raise InputError(f"{path}: which environment? Set env_id{fitting_robot(path)}")
+    raise InputError(
+        f"dataset is {path}, but must be an .hdf5 file, with env_id, or of {', '.join(DATASETS)}"
+    )
+
+
+# --------------------------------------------------------------------------------------- evaluation
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def make_environment(env_id: str, **options: Any) -> Any:
+    """The environment. To be called in a worker alone, as importing the simulator prints."""
     import gymnasium
     import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
+
+    return gymnasium.make(env_id, **options)
+
+
+def describe_environment(env_id: str) -> Environment:
+    """What the environment says of itself. Raises InputError if CIQL cannot act in it."""
+    import gymnasium
+
+    try:
+        env = make_environment(env_id)
+    except Exception as error:  # noqa: BLE001  (the environment's own code may raise anything)
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"env_id is {env_id}, which gymnasium cannot make ({reason});"
+            " MODULE:ID imports the module that registers it"
+        ) from None
+    observations = env.observation_space
+    actions = env.action_space
+    for space in (observations, actions):
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            raise InputError(f"env_id is {env_id}, but {space} is no box of one dimension")
+    if not (np.isfinite(actions.low) & np.isfinite(actions.high)).all():
+        raise InputError(f"env_id is {env_id}, but its action box has no bounds: {actions}")
+    if env.spec.max_episode_steps is None:
+        raise InputError(f"env_id is {env_id}, which has no time limit; register it with one")
+    return Environment(
+        observation_dim=observations.shape[0],
+        action_dim=actions.shape[0],
+        max_episode_steps=env.spec.max_episode_steps,
+        action_low=tuple(actions.low.tolist()),
+        action_high=tuple(actions.high.tolist()),
+    )
+
+
+def play_episode(policy: str, env_id: str, seed: int, film: str = "") -> float:
+    """Undiscounted return of an episode: a pure function of seed and (pickled, in a file) policy.
+
+    ``film`` is the path of a GIF of its first ten seconds.
+    """
+    import gymnasium
     from PIL import Image
 
-    actor: GaussianPolicy = pickle.loads(policy)
-    env: Any = gymnasium.make(env_id, render_mode="rgb_array" if film else None)  # afresh, 20 ms: free of the last one
-    env.reset(seed=seed)  # the first episode of an environment is off by a constant: reset and throw it away
+    actor = pickle.loads(Path(policy).read_bytes())
+    env = make_environment(env_id, **({"render_mode": "rgb_array"} if film else {}))
+    box = env.action_space
+    if not ((box.low == -1) & (box.high == 1)).all():
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    # The reward of the first episode after creation is off by a constant: it is thrown away.
+    env.reset(seed=seed)
     observation, _ = env.reset(seed=seed)
-    total, gif = 0.0, []
+    total = 0.0
+    images = []
     for t in itertools.count():
-        if film and t < 600 and t % 3 == 0:  # the simulator's 60 steps a second, at 20 frames a second
-            gif.append(Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE))
+        if film and t < 600 and t % 3 == 0:  # 20 frames of the simulator's 60 steps per second
+            frame = Image.fromarray(env.render())
+            images.append(frame.quantize(64, dither=Image.Dither.NONE))
         observation, reward, terminated, truncated, _ = env.step(actor.act(observation))
         total += float(reward)
         if terminated or truncated:
             break
     env.close()
     if film:
-        write_whole(film, lambda f: gif[0].save(f, "GIF", save_all=True, append_images=gif[1:], duration=50, loop=0))
+        gif = io.BytesIO()
+        images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
+        write_whole(Path(film), gif.getvalue())
     return total
 
 
-class EvaluationPool(concurrent.futures.ProcessPoolExecutor):
-    """Worker processes for episodes, one core each. The simulator lives in them alone, and so does what it prints."""
-
-    def __init__(self, config: Config) -> None:
-        self.config, workers = config, min(config.eval_episodes, torch.get_num_threads())
-        super().__init__(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # which the workers inherit
-        self.submit(os.getpid)  # starts them
-        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-
-    def play(self, policy: GaussianPolicy, step: int, film: Path | Literal[False] = False) -> dict[str, float]:
-        """Evaluate ``policy`` as it is after ``step``, print a line, and return its columns of metrics.csv."""
-        # new episodes at each step, and the same ones in every run of a seed
-        seeds = np.random.SeedSequence([self.config.seed, step]).generate_state(self.config.eval_episodes).tolist()
-        episode = functools.partial(play_episode, pickle.dumps(copy.deepcopy(policy).cpu()), self.config.robot.env_id)
-        returns = list(self.map(episode, seeds))
-        mean, std = float(np.mean(returns)), float(np.std(returns))
-        score = self.config.robot.score(mean)
-        say(f"step {step:>9,}  return {mean:.1f} ± {std:.1f} over {len(seeds)} episodes  score {score:.1f}")
-        if film:
-            self.submit(episode, seeds[0], film).result()
-            say(f"film   {film}")
-        row = {"return_mean": mean, "return_std": std, "score": score}
-        return row | {f"return_{n}": value for n, value in enumerate(returns, start=1)}
-
-
 def start_worker() -> None:
-    """Prepare a process of the pool: one thread, silent, and gone with its parent."""
+    """Prepare a worker: silent, one thread, out of the signals' way, and gone with its parent."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # the simulator prints from C; errors travel to the parent
+        os.dup2(silence, stream)
     torch.set_num_threads(1)
-    for stream in (1, 2):  # the simulator prints from C; our errors travel to the parent as exceptions
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    parent: Any = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    # In a session of its own a worker gets no signal to the run's process group. Those that waited
+    # are dropped, except SIGTERM, with which the pool ends workers.
+    os.setsid()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def follow_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-# --------------------------------------------------------------------------------------------- run, picture
-say = tqdm.write  # a line of the log on stdout, above a progress bar if there is one
-SETTINGS = pydantic.TypeAdapter(Config)  # to JSON and back; what another version's run lacks takes its default
+class EvaluationPool:
+    """Worker processes that play episodes. The simulator, and what it prints, is in them alone."""
+
+    def __init__(self, env_id: str, workers: int) -> None:
+        self.env_id = env_id
+        self.size = workers
+        try:
+            self.start()
+        except OSError as error:
+            raise InputError(
+                f"worker processes cannot be started ({error}); they need a writable /dev/shm"
+            ) from error
+
+    def start(self) -> None:
+        """Start the workers, without waiting for them. Raises OSError."""
+        others = multiprocessing.active_children()
+        context = multiprocessing.get_context("spawn")
+        # Workers inherit the mask: signals wait until a worker has reached ``start_worker``.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self.executor = concurrent.futures.ProcessPoolExecutor(
+                self.size, context, initializer=start_worker
+            )
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # it may have unblocked two
+            descriptions = [  # one per worker: the executor starts a process per task
+                self.executor.submit(describe_environment, self.env_id) for _ in range(self.size)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.description = descriptions[0]
+        self.workers = [child for child in multiprocessing.active_children() if child not in others]
+
+    def environment(self) -> Environment:
+        """What the environment says of itself, once a worker is up. Raises InputError."""
+        try:
+            return self.description.result()
+        except BrokenProcessPool:
+            raise InputError(
+                "the worker processes ended at once: out of memory, or a program calls train"
+                ' without if __name__ == "__main__":'
+            ) from None
+
+    def play(
+        self, policy: nn.Module, seeds: Sequence[int], stop: Sequence[int] = (), film: str = ""
+    ) -> np.ndarray | None:
+        """Returns (len(seeds),) of episodes that ``policy`` plays; None once there is a ``stop``.
+
+        The first is filmed as well, if ``film`` is a path. Where a worker dies, all play again in
+        new ones. Raises ChildProcessError if that fails too.
+        """
+        # The workers read the policy from a file, as a dead worker may leave the pipe full.
+        with tempfile.NamedTemporaryFile() as file:
+            pickle.dump(copy.deepcopy(policy).cpu(), file)
+            file.flush()
+            tasks = [(file.name, self.env_id, seed) for seed in seeds]
+            for _ in range(2):
+                try:
+                    episodes = [self.executor.submit(play_episode, *task) for task in tasks]
+                    waiting = set(episodes)
+                    if film:
+                        filmed = self.executor.submit(play_episode, *tasks[0], film)
+                        waiting.add(filmed)
+                    while waiting:
+                        if stop:
+                            return None
+                        _, waiting = concurrent.futures.wait(waiting, timeout=0.1)
+                    returns = np.array([episode.result() for episode in episodes])
+                    if film:
+                        filmed.result()
+                    return returns
+                except BrokenProcessPool:
+                    self.close()
+                    self.start()
+        raise ChildProcessError("worker processes die in the evaluation (out of memory?)")
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self.workers:
+            worker.kill()
+        self.executor.shutdown(cancel_futures=True)
 
 
-def write_whole(path: Path, write: Callable[[io.BytesIO], object]) -> None:
-    """Save what ``write`` writes beside ``path``, then rename: ``path`` is at any time the old file or the new one."""
-    content, part = io.BytesIO(), path.with_name(f".{path.name}.{os.getpid()}")
-    write(content)  # in memory first: torch.save to a full disk raises anything
+def evaluate(
+    pool: EvaluationPool,
+    policy: nn.Module,
+    config: Config,
+    environment: Environment,
+    step: int,
+    stop: Sequence[int] = (),
+    film: str = "",
+) -> dict[str, float]:
+    """Evaluate ``policy`` as it is after ``step``; print a line; its columns of metrics.csv.
+
+    The episodes are new at each step, and the same in every run of a seed. No columns: there was a
+    ``stop``.
+    """
+    seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.eval_episodes)
+    returns = pool.play(policy, seeds.tolist(), stop, film)
+    if returns is None:
+        return {}
+    columns = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+    line = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    if environment.random_return is not None:
+        columns["score"] = float(environment.score(returns.mean()))
+        line += f"  score {columns['score']:.1f}"
+    say(f"step {step:>9,}  {line}")
+    if film:
+        say(f"film   {film}")
+    for n, episode_return in enumerate(returns, start=1):
+        columns[f"return_{n}"] = float(episode_return)
+    return columns
+
+
+# ------------------------------------------------------------------------------------------ records
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint holds besides the agent and the random state."""
+
+    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.csv
+    row: dict[str, float] = field(default_factory=dict)  # the next one, until it is complete
+    sums: Metrics = field(default_factory=dict)  # of the metrics since the last log line
+    summed: int = 0  # steps in ``sums``
+    evaluation_due: bool = False  # after this step, if it was stopped before
+
+
+def find_wandb(config: Config) -> None:
+    """Raise InputError if Weights & Biases are asked for and not installed."""
+    if config.wandb_project:
+        spec = importlib.util.find_spec("wandb")
+        if spec is None or spec.origin is None:  # a folder of that name has no origin
+            raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
+
+
+def start_wandb(folder: Path, config: Config) -> Any:
+    """A run of Weights & Biases that follows TensorBoard. Raises InputError if it cannot start."""
+    import wandb
+
+    place = folder.resolve()
+    name = re.sub(r"[^\w.-]", "-", place.name, flags=re.ASCII)
     try:
-        with open(part, "wb") as file:
-            file.write(content.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        return wandb.init(
+            project=config.wandb_project,
+            id=f"{name}-{zlib.crc32(os.fsencode(place)):08x}",  # a resumed run goes on there
+            dir=folder,
+            config=dataclasses.asdict(config),
+            settings=wandb.Settings(silent=True, init_timeout=20),
+            resume="allow",
+            reinit="finish_previous",
+            sync_tensorboard=True,
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"Weights & Biases does not start ({reason}); wandb login, or set WANDB_MODE=offline"
+        ) from error
 
 
-class Run:
-    """What a run keeps, in its folder: config.json, metrics.csv, TensorBoard's events, checkpoint.pt."""
+class Log:
+    """metrics.csv, TensorBoard's events and W&B."""
 
-    def __init__(self, config: Config, agent: CIQL, checkpoint: dict[str, Any] | None) -> None:
-        self.config, self.agent, self.step = config, agent, 0
-        self.rows: list[dict[str, float]] = []  # of metrics.csv: one a log line or evaluation
-        self.sums = [torch.zeros((), device=agent.device) for _ in METRICS]  # since the last log line
-        if checkpoint:
-            self.step, self.rows = checkpoint["step"], checkpoint["rows"]
-            torch._foreach_copy_(self.sums, checkpoint["meter"]["sums"])
-            agent.load_state_dict(checkpoint["agent"])
-            torch.set_rng_state(checkpoint["random_state"])
-            torch.cuda.set_rng_state_all([] if agent.on_cpu else checkpoint["cuda_random_states"])
-        name = f"{Path(config.dataset).stem}-seed{config.seed}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.folder = config.resume or config.out_dir / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "config.json", lambda file: file.write(SETTINGS.dump_json(config, indent=2)))
-        episodes = (f"return_{n}" for n in range(1, config.eval_episodes + 1))
-        columns = ("step", *METRICS, "steps_per_second", "return_mean", "return_std", "score", *episodes)
-        self.csv = csv.DictWriter(open(self.folder / "metrics.csv", "w", buffering=1), columns, lineterminator="\n")  # noqa: SIM115
-        self.csv.writeheader()
-        self.csv.writerows(self.rows)
-        if config.wandb_project:
-            import wandb
-
-            own: dict[str, Any] = {"project": config.wandb_project, "id": self.folder.name, "dir": self.folder}
-            own |= {"config": SETTINGS.dump_python(config, mode="json"), "settings": wandb.Settings(silent=True)}
-            wandb.init(**own, resume="allow", reinit="finish_previous", sync_tensorboard=True)
+    def __init__(self, folder: Path, config: Config, rows: list[dict[str, float]]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(self.folder, purge_step=self.step + 1)  # hides what an earlier process wrote later
+        self.path = folder / "metrics.csv"
+        self.rows = rows  # the list that the checkpoint holds
+        self.columns: list[str] = []
+        self.wandb = start_wandb(folder, config) if config.wandb_project else None
+        # What an earlier process wrote after its last checkpoint is hidden.
+        self.board = SummaryWriter(folder, purge_step=rows[-1]["step"] + 1 if rows else 0)
+        settings = dataclasses.asdict(config)
+        lines = [f"| {name} | {printable(str(value))} |" for name, value in settings.items()]
+        self.board.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]))
+        self.write_rows()
 
-    def log(self, steps_per_second: float) -> dict[str, float]:
-        """Print the mean losses since the last log line, and start anew; returns their columns of metrics.csv."""
-        row = dict(zip(METRICS, (torch.stack(self.sums) / self.config.log_interval).tolist(), strict=True))
-        losses = f"V {row['value_loss']:.4f}  Q {row['q_loss']:.4f}  policy {row['policy_loss']:.3f}"
-        values = f"penalty {row['penalty']:.4f}  mean Q {row['q']:.2f}  {steps_per_second:.0f} steps/s"
-        say(f"step {self.step:>9,}  {losses}  {values}")
-        torch._foreach_zero_(self.sums)
-        return row | {"steps_per_second": steps_per_second}
+    def write_rows(self) -> None:
+        """Write metrics.csv anew, with a column for all that any row has."""
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step"]
+        content = io.StringIO()
+        writer = csv.DictWriter(content, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.path, content.getvalue().encode())
 
-    def record(self, row: dict[str, float]) -> None:
-        """Add a row to metrics.csv and TensorBoard."""
-        self.rows.append({"step": self.step} | row)
-        self.csv.writerow(self.rows[-1])
+    def write(self, row: dict[str, float]) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        if row.keys() <= set(self.columns):
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        else:  # a figure that no row had until now
+            self.write_rows()
         for name, value in row.items():
-            group = "training" if name in (*METRICS, "steps_per_second") else "evaluation"
-            self.board.add_scalar(f"{group}/{name}", value, self.step)
+            if name != "step":
+                group = "evaluation" if name.startswith(("return", "score")) else "training"
+                self.board.add_scalar(f"{group}/{name}", value, int(row["step"]))
         self.board.flush()
 
-    def save(self, checksum: int) -> None:
-        """Write checkpoint.pt: all that the steps to come depend on."""
-        checkpoint = {
-            "config": SETTINGS.dump_json(self.config).decode(), "checksum": checksum, "step": self.step,
-            "rows": self.rows, "meter": {"sums": self.sums}, "agent": self.agent.state_dict(),
-            "random_state": torch.get_rng_state(),
-            "cuda_random_states": [] if self.agent.on_cpu else torch.cuda.get_rng_state_all(),
-        }  # fmt: skip
-        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    def close(self) -> None:
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The checkpoint in a run folder, on the CPU. Raises InputError if there is none or it cannot be read."""
+def save_checkpoint(
+    folder: Path, agent: CIQL, progress: Progress, config: Config, checksum: int
+) -> None:
+    """Write checkpoint.pt: all that the steps to come depend on."""
+    policy = agent.evaluated_policy()
+    checkpoint = {
+        "config": json.dumps(dataclasses.asdict(config)),
+        "checksum": checksum,
+        "progress": vars(progress),
+        "agent_class": type(agent).__name__,
+        "agent": agent.state_dict(),
+        "policy": policy.state_dict(),
+        "dims": (agent.observation_dim, agent.action_dim),
+        "random_state": torch.get_rng_state(),
+        "cuda_random_state": None if agent.on_cpu else torch.cuda.get_rng_state(agent.device),
+    }
+    content = io.BytesIO()  # in memory first: torch.save to a full disk raises anything
+    torch.save(checkpoint, content)
+    write_whole(folder / "checkpoint.pt", content.getvalue())
+
+
+def config_from_json(text: str) -> Config:
+    """Saved settings. One that the version did not have takes its default, one gone is dropped."""
+    known = {setting.name for setting in dataclasses.fields(Config)}
+    values = {name: value for name, value in json.loads(text).items() if name in known}
+    values["hidden_sizes"] = tuple(values["hidden_sizes"])
+    return Config(**values)
+
+
+def load_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """The checkpoint in a run folder, on the CPU. Raises InputError if it cannot be read."""
+    folder = Path(folder)
     path = folder / "checkpoint.pt"
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; name the run's folder, {folder.parent}")
+    if not folder.exists():
+        raise InputError(f"{folder} is not there; name the folder of a run, as the log gives it")
+    if not path.exists():
+        raise InputError(f"{folder} has no checkpoint.pt; a run has one after its first evaluation")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); name the folder of a run") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["config"] = config_from_json(checkpoint["config"])
+        checkpoint["progress"] = Progress(**checkpoint["progress"])
+        return checkpoint
+    except Exception as error:  # torch raises anything for a file that is damaged
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}); it is damaged, or of another version"
+        ) from error
 
 
 def load_policy(run: str | Path | dict[str, Any]) -> GaussianPolicy:
-    """The policy in a run folder or its checkpoint, on the CPU, ready to ``act``. Raises as ``load_checkpoint``."""
-    checkpoint = run if isinstance(run, dict) else load_checkpoint(Path(run))
-    state, hidden_sizes = checkpoint["agent"]["policy"], SETTINGS.validate_json(checkpoint["config"]).hidden_sizes
-    policy = GaussianPolicy(len(state["observation_mean"]), len(state["log_std"]), hidden_sizes)
-    policy.load_state_dict(state)
+    """The policy of a run folder or its checkpoint, on the CPU, ready to ``act``.
+
+    Raises as ``load_checkpoint``.
+    """
+    checkpoint = run if isinstance(run, dict) else load_checkpoint(run)
+    observation_dim, action_dim = checkpoint["dims"]
+    policy = make_policy(observation_dim, action_dim, checkpoint["config"])
+    try:
+        policy.load_state_dict(checkpoint["policy"])
+    except RuntimeError as error:
+        raise InputError("the run's policy is of another class than make_policy makes") from error
     return policy
 
 
-def evaluations(rows: Sequence[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluation steps (E,) and returns (E, eval_episodes) among the rows of metrics.csv."""
-    evaluated = [row for row in rows if "return_mean" in row]
-    returns = [[row[name] for name in row if name.removeprefix("return_").isdigit()] for row in evaluated]
-    return np.array([int(row["step"]) for row in evaluated]), np.array(returns)
+class Curve(NamedTuple):
+    """The evaluations of a run."""
+
+    steps: np.ndarray  # (E,)
+    returns: np.ndarray  # (E, eval_episodes); NaN where an evaluation had fewer
 
 
-def draw(config: Config, rows: Sequence[dict[str, float]], data_returns: np.ndarray, note: str) -> None:
+def curve_of(rows: Sequence[dict[str, float]]) -> Curve:
+    """The evaluations among the rows of metrics.csv."""
+    steps = []
+    returns = []
+    for row in rows:
+        if "return_mean" in row:
+            steps.append(int(row["step"]))
+            names = [name for name in row if name.removeprefix("return_").isdigit()]
+            returns.append([row[name] for name in names])
+    most = max(map(len, returns), default=0)
+    padded = [episodes + [math.nan] * (most - len(episodes)) for episodes in returns]
+    return Curve(np.array(steps, int), np.array(padded, float).reshape(len(steps), most))
+
+
+def method_name(config: Config, agent: str = "CIQL") -> str:
+    """What the settings make of the agent's class."""
+    if agent != "CIQL":
+        return agent
+    if config.beta == 0:
+        return "behaviour cloning"
+    if config.alpha == 0:
+        return "CIQL without penalty" if config.clamp_advantage else "IQL"
+    return "CIQL"
+
+
+def title_of(config: Config, agent: str, source: str) -> str:
+    """The picture's title: method, data set, and what is not the default."""
+    published = source and config.dataset in DATASETS
+    note = " (re-collected, not the published file)" if published else ""
+    stem = printable(Path(config.dataset).stem)
+    return f"{method_name(config, agent)} on {stem}{note}\n{', '.join(varied_words(config))}"
+
+
+def draw_score(axes: Any, environment: Environment) -> None:
+    """Score axis at the right, random and expert as lines, if there are such references.
+
+    The range stays that of what is drawn: a far reference is in the legend alone.
+    """
+    if environment.random_return is None or environment.expert_return is None:
+        return
+    limits = axes.get_ylim()
+    random = environment.random_return
+    expert = environment.expert_return
+    axes.axhline(random, color="C2", linestyle=":", label=f"random, {random:.0f}")
+    axes.axhline(expert, color="C4", linestyle="-.", label=f"expert, {expert:.0f}")
+    axes.set_ylim(limits)
+    unscore = np.poly1d([(expert - random) / 100, random])
+    right = axes.secondary_yaxis("right", functions=(environment.score, unscore))
+    right.set_ylabel("normalised score")
+
+
+def draw(
+    path: Path,
+    curve: Curve,
+    environment: Environment,
+    data_returns: np.ndarray,
+    title: str,
+) -> None:
     """Write the picture: evaluation returns against gradient steps, with their references."""
     from matplotlib.figure import Figure
 
-    figure, (steps, returns) = Figure(figsize=(9, 5), layout="constrained"), evaluations(rows)
-    axes, mean, std = figure.subplots(), returns.mean(1), returns.std(1)
-    axes.plot(steps, mean, "o-", markersize=3, label=f"CIQL, mean of {returns.shape[1]} episodes")
-    axes.fill_between(steps, mean - std, mean + std, alpha=0.25, lw=0, label="± standard deviation")
-    draw_references(axes, config.robot, data_returns)
-    settings = ", ".join(f"{name} {getattr(config, name)}" for name in ("seed", "alpha", "beta", "tau"))
-    axes.set_title(f"CIQL on {Path(config.dataset).stem}{note}\n{settings}", fontsize="medium")
-    write_whole(config.plot, lambda file: figure.savefig(file, format=config.plot.suffix[1:], dpi=110))
-
-
-def draw_references(axes: Any, robot: Robot, data_returns: np.ndarray) -> None:
-    """Dress axes of returns against steps: the returns of data set, random and expert policy, the score at the right."""
-    references = {"random": (robot.random_return, "C2", ":"), "expert": (robot.expert_return, "C4", "-.")}
-    references |= {"data set": (np.mean(data_returns), "C3", "--")} if len(data_returns) else {}
-    unscore = np.poly1d([(robot.expert_return - robot.random_return) / 100, robot.random_return])
-    axes.secondary_yaxis("right", functions=(robot.score, unscore)).set_ylabel("normalised score")
-    for name, (value, colour, style) in references.items():
-        axes.axhline(value, color=colour, linestyle=style, label=f"{name}, {value:.0f}")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    episodes = curve.returns.shape[1]
+    mean = np.nanmean(curve.returns, 1)
+    axes.plot(curve.steps, mean, "o-", markersize=3, label=f"mean of {episodes} episodes")
+    for returns in curve.returns.T:
+        axes.plot(curve.steps, returns, ".", color="C0", alpha=0.25, markersize=4, zorder=1)
+    if len(data_returns):
+        value = data_returns.mean()
+        axes.axhline(value, color="C3", linestyle="--", label=f"data set, {value:.0f}")
+    draw_score(axes, environment)
     axes.set(xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=110)
+    write_whole(path, content.getvalue())
 
 
-# ------------------------------------------------------------------------------------------------ training
-def check_run(config: Config, checkpoint: dict[str, Any] | None) -> None:
-    """Raise InputError for what this machine does not have, or if ``config`` does not go on from ``checkpoint``."""
-    if config.plot.suffix not in (".png", ".pdf", ".svg") or not os.access(config.plot.parent, os.W_OK | os.X_OK):
-        raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg in a folder that can be written")
-    if config.wandb_project and not importlib.util.find_spec("wandb"):
-        raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
-    find_device(config.device)
-    if checkpoint:
-        saved, now = dataclasses.asdict(SETTINGS.validate_json(checkpoint["config"])), dataclasses.asdict(config)
-        free = {"plot", "out_dir", "resume", "evaluate", "max_steps", "threads", "film", "wandb_project"}
-        changes = [f"{name} {now[name]} (was {saved[name]})" for name in now.keys() - free if now[name] != saved[name]]
-        if changes:
-            raise InputError(f"{config.resume} was trained with other settings; resume without {', '.join(changes)}")
-        if config.max_steps < (step := checkpoint["step"]):
-            raise InputError(f"max_steps is {config.max_steps}, but {config.resume} is at step {step}; raise it")
+# ----------------------------------------------------------------------------------------- training
+def end_if_imported_by_a_worker() -> None:
+    """End a worker whose import of the main program calls train; the parent reports it."""
+    for frame in inspect.stack():
+        if frame.function == "<module>" and frame.frame.f_globals["__name__"] == "__mp_main__":
+            os._exit(1)
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU. Raises InputError if it is not there."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+@contextlib.contextmanager
+def torch_settings(config: Config) -> Iterator[int]:
+    """Context in which torch works with one thread per operation and the precision of ``config``.
+
+    It gives the number of threads that parts of a batch are worked by.
+    """
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(config.matmul_precision)
     try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
-        raise InputError(f"device is {name}, which is not here; use auto, cpu or a CUDA device there is") from error
+        yield config.threads or threads
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def thread_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads for the parts of a batch, each with one thread per operation."""
+    return concurrent.futures.ThreadPoolExecutor(
+        threads, initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
+def checksum_of(data: Transitions) -> int:
+    """The CRC-32 by which a resumed run recognises its data."""
+    checksum = 0
+    for column in data:
+        checksum = zlib.crc32(np.ascontiguousarray(column.numpy()).data, checksum)
+    return checksum
+
+
+def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    """The lock that keeps other processes from training in a run's folder. Raises InputError."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise InputError(f"another process trains in {folder}; wait for it or stop it") from error
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error})") from error
+    return lock
+
+
+def make_folder(config: Config) -> Path:
+    """The folder of a new run. Raises InputError if it cannot be made."""
+    words = "-".join([printable(Path(config.dataset).stem), *varied_words(config)])
+    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = config.name or re.sub(r"[^\w.+-]", "_", f"{words[:150]}-{now}")
+    folder = Path(config.out_dir, name)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            f"{folder} is there already; take another --name or --resume it"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error}); take another --out-dir") from error
+    return folder
+
+
+def restore(checkpoint: dict[str, Any], agent: CIQL, config: Config, checksum: int) -> Progress:
+    """Put the agent and the random state back, and return how far the run was.
+
+    Prints a NOTE where settings changed. Raises InputError where it cannot go on.
+    """
+    saved: Config = checkpoint["config"]
+    progress: Progress = checkpoint["progress"]
+    if checkpoint["checksum"] != checksum:
+        raise InputError(
+            f"{config.resume} was trained on other data than {config.dataset}; put those back"
+        )
+    if progress.step > config.max_steps:
+        raise InputError(
+            f"max_steps is {config.max_steps}, but {config.resume} is at step {progress.step};"
+            " raise it"
+        )
+    if checkpoint["agent_class"] != type(agent).__name__:
+        raise InputError(
+            f"{config.resume} holds a {checkpoint['agent_class']}, not a {type(agent).__name__};"
+            " resume it with the make_agent that it was trained with"
+        )
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{config.resume} holds networks of another size; resume it with its own hidden_sizes"
+        ) from error
+    changed = differences(config, saved)
+    if config.policy_lr_decay and config.max_steps != saved.max_steps:
+        say("NOTE   the policy's learning rate goes on by the cosine over the new max_steps")
+    if changed:
+        listed = [f"{name} {value} (was {getattr(saved, name)})" for name, value in changed.items()]
+        say(f"NOTE   the run goes on with other settings: {', '.join(listed)}")
+    progress.sums = {name: total.to(agent.device) for name, total in progress.sums.items()}
+    torch.set_rng_state(checkpoint["random_state"])
+    if not agent.on_cpu and checkpoint["cuda_random_state"] is not None:
+        torch.cuda.set_rng_state(checkpoint["cuda_random_state"], agent.device)
+    return progress
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Context in which a first SIGINT or SIGTERM only joins the list it gives; a second one acts as ever."""
+    """Context in which signals that ask to stop join the list it gives. A second SIGINT interrupts.
+
+    Signals that are ignored stay so: nohup and shells ignore some for what they start.
+    """
     caught: list[int] = []
-    with contextlib.ExitStack() as usual_handlers:
 
-        def handle(number: int, frame: object) -> None:
-            caught.append(number)
-            usual_handlers.close()
-            say(f"{signal.Signals(number).name}: finishing the step, then saving; once more stops at once")
+    def handle(number: int, frame: object) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
 
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
-            for number in (signal.SIGINT, signal.SIGTERM):
-                usual_handlers.callback(signal.signal, number, signal.signal(number, handle))
+    usual = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere none can be caught
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                usual[number] = signal.signal(number, handle)
+    try:
         yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
-def train(config: Config, report: Callable[..., object] = lambda row, folder: None) -> tuple[np.ndarray, np.ndarray]:
-    """Train CIQL, print the log, write the picture and the run folder.
+@dataclass
+class Run:
+    """A training that is under way, as ``train`` prepared it."""
 
-    ``report`` is called after every evaluation, once it is saved, with its row of metrics.csv and the run folder.
-    Returns evaluation steps (E,) and returns (E, eval_episodes). Raises InputError, OSError for a disk that is full or
-    read-only, FloatingPointError for losses not finite, SystemExit after SIGINT or SIGTERM.
+    config: Config
+    agent: CIQL
+    data: Transitions
+    data_returns: np.ndarray
+    checksum: int  # of the data
+    environment: Environment
+    pool: EvaluationPool
+    folder: Path
+    log: Log
+    progress: Progress
+    title: str  # of the picture
+
+    def learn(self, stop: Sequence[int], report: Callable[..., object] | None) -> None:
+        """Take the gradient steps that are left, or those until there is a ``stop``."""
+        config = self.config
+        progress = self.progress
+        bar = tqdm(desc="train", total=config.max_steps, initial=progress.step, disable=None)
+        since = time.perf_counter()  # steps per second are those since then
+        timed = progress.step
+        with bar:
+            while True:
+                if progress.evaluation_due:  # it may be so at the start of a resumed run
+                    self.check_finite()
+                    self.evaluate(stop)
+                    since = time.perf_counter()
+                    timed = progress.step
+                    if report and not progress.evaluation_due:
+                        report(self.log.rows[-1], self.folder)
+                elif progress.row:
+                    row = progress.row
+                    progress.row = {}
+                    self.log.write(row)
+                if stop or progress.step == config.max_steps:
+                    break
+
+                metrics = self.agent.update(self.data)
+                for name, figure in metrics.items():  # on the device: nothing waits for it
+                    progress.sums[name] = progress.sums.get(name, 0) + figure
+                progress.summed += 1
+                progress.step += 1
+                bar.update()
+                if progress.step % config.log_interval == 0:
+                    self.check_finite()
+                    self.log_losses((progress.step - timed) / (time.perf_counter() - since))
+                    since = time.perf_counter()
+                    timed = progress.step
+                is_last = progress.step == config.max_steps
+                progress.evaluation_due = is_last or progress.step % config.eval_interval == 0
+
+    def log_losses(self, steps_per_second: float) -> None:
+        """Print the means of the metrics since the last such line, and begin their row."""
+        progress = self.progress
+        losses = {name: (total / progress.summed).item() for name, total in progress.sums.items()}
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        say(f"step {progress.step:>9,}  {figures}  {steps_per_second:.0f} steps/s")
+        progress.row = {"step": progress.step, **losses, "steps_per_second": steps_per_second}
+        progress.sums = {}
+        progress.summed = 0
+
+    def evaluate(self, stop: Sequence[int]) -> None:
+        """Evaluate and save, unless there is a ``stop``: then it stays due."""
+        config = self.config
+        progress = self.progress
+        is_last = progress.step == config.max_steps
+        film = str(self.folder / "policy.gif") if config.film and is_last else ""
+        policy = self.agent.evaluated_policy()
+        columns = evaluate(self.pool, policy, config, self.environment, progress.step, stop, film)
+        if not columns:
+            return
+        row = {"step": progress.step} | progress.row | columns
+        progress.row = {}
+        progress.evaluation_due = False
+        self.log.write(row)
+        self.save()
+        curve = curve_of(self.log.rows)
+        for path in (Path(config.plot), self.folder / Path(config.plot).name):
+            draw(path, curve, self.environment, self.data_returns, self.title)
+
+    def save(self) -> None:
+        """Write the checkpoint. Raises OSError, and FloatingPointError rather than save NaN."""
+        self.check_finite()
+        save_checkpoint(self.folder, self.agent, self.progress, self.config, self.checksum)
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a loss or weight is NaN or infinite, before it is saved."""
+        sums = self.progress.sums
+        bad = [name for name, total in sums.items() if not total.isfinite()]
+        if not bad and all(weight.isfinite().all() for weight in self.agent.parameters):
+            return
+        largest = self.data.rewards.abs().max().item()
+        remedy = f"lower lr, or scale the rewards (up to {largest:.3g} here)"
+        if bad and set(bad) <= {"policy_loss", "policy_std"}:
+            remedy = "lower lr, beta or max_weight"
+        names = ", ".join(bad) or "a weight"
+        raise FloatingPointError(
+            f"{names} became NaN or infinite up to step {self.progress.step:,}; {remedy}"
+        )
+
+
+def train(
+    config: Config,
+    data: Transitions | None = None,
+    make_agent: Callable[[int, int, Config], CIQL] = CIQL,
+    report: Callable[[dict[str, float], Path], object] | None = None,
+) -> tuple[Path, Curve]:
+    """Train an agent, print the log, write the picture; returns the run folder and the curve.
+
+    ``data`` are transitions of the caller's own, from ``config.env_id``; none: ``config.dataset``.
+    A resumed run goes on with ``config``; its own is ``load_checkpoint(folder)["config"]``.
+    ``report`` is called after every evaluation, once it is saved, with its row of metrics.csv and
+    the folder. Raises InputError for what is wrong with settings and data; after saving what can be
+    saved, OSError for a machine that fails (a full disk, workers that die), FloatingPointError for
+    losses not finite, KeyboardInterrupt for SIGINT, and SystemExit for the other signals.
     """
     start = time.perf_counter()
-    checkpoint = load_checkpoint(config.resume) if config.resume else None
-    check_run(config, checkpoint)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    data, data_returns, note = load_dataset(config)
-    checksum = zlib.crc32(data.rewards.numpy().data, zlib.crc32(data.actions.numpy().data))
-    if checkpoint and checkpoint["checksum"] != checksum:
-        raise InputError(f"{config.dataset} is not the data that {config.resume} was trained on; put that back")
-    with EvaluationPool(config) as pool, stop_signals() as stop:
+    end_if_imported_by_a_worker()
+    check(config)
+    if data is not None:
+        if not config.env_id:
+            raise InputError("env_id is not set, but data come without an environment; set it")
+        config = dataclasses.replace(config, dataset="own-transitions")
+    env_id = environment_id(config)
+    find_wandb(config)
+    with contextlib.ExitStack() as stack:
+        checkpoint = None
+        if config.resume:
+            if Path(config.resume, "checkpoint.pt").exists():
+                stack.callback(lock_folder(Path(config.resume)).release)
+            checkpoint = load_checkpoint(config.resume)
+        threads = stack.enter_context(torch_settings(config))
+        pool = EvaluationPool(env_id, min(config.eval_episodes, threads))
+        stack.callback(pool.close)
+        environment = ROBOTS.get(env_id) or pool.environment()
+        if data is None:
+            dataset = load_dataset(config, environment)
+        else:
+            data = check_transitions(data, environment, "data")
+            dataset = Dataset(
+                transitions=data,
+                returns=np.array([]),
+                ended_after=np.array([]),
+                rows=len(data.rewards),
+                layout="",
+                source="",
+            )
+        checksum = checksum_of(dataset.transitions)
+
         torch.manual_seed(config.seed)
-        agent = CIQL(*config.robot.dims, config)
-        data = agent.prepare(data)
-        run = Run(config, agent, checkpoint)
-        where = f"cpu, {torch.get_num_threads()} threads" if agent.on_cpu else torch.cuda.get_device_name(agent.device)
-        say(f"run    {run.folder}, {where}, from step {run.step:,}" + ", compiling the step" * config.compile)
-        step_function = agent.compiled_step(data) if config.compile else agent.step
-        since, timed = time.perf_counter(), run.step  # of the speed
-        for _ in tqdm(range(run.step, config.max_steps), "train", config.max_steps, initial=run.step, disable=None):
-            torch._foreach_add_(run.sums, list(step_function(data).values()))  # on the device: nothing waits for it
-            run.step += 1
-            is_last = run.step == config.max_steps
-            logs, evaluates = run.step % config.log_interval == 0, run.step % config.eval_interval == 0 or is_last
-            if not (logs or evaluates or stop):
-                continue
-            if not all(x.isfinite().all() for x in (*run.sums, *agent.parameters)):
-                raise FloatingPointError(f"a loss or weight became NaN or infinite up to step {run.step:,}; lower lr")
-            row = run.log((run.step - timed) / (time.perf_counter() - since)) if logs else {}
-            if evaluates:
-                row |= pool.play(agent.policy, run.step, config.film and is_last and run.folder / "policy.gif")
-            if row:
-                run.record(row)
-            if evaluates or stop:
-                run.save(checksum)
-            if evaluates:
-                draw(config, run.rows, data_returns, note)
-                report(run.rows[-1], run.folder)
-            if stop:
-                say(f"stopped at step {run.step:,}; go on with --resume {run.folder}")
-                raise SystemExit(128 + stop[0])
-            since, timed = time.perf_counter(), run.step
-    run.board.close()
-    (steps, returns), score = evaluations(run.rows), config.robot.score
-    last, mean, std = returns[-10:].mean(1), returns[-1].mean(), returns[-1].std()
-    say(f"final  return {mean:.1f} ± {std:.1f} over {config.eval_episodes} episodes, score {score(mean):.1f}")
-    say(f"       {last.mean():.1f} is the mean of the last {len(last)} evaluations, score {score(last.mean()):.1f}")
-    say(f"wrote  {config.plot} and {run.folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
-    say(f"next   --resume {run.folder} --max-steps {2 * config.max_steps}, or --evaluate {run.folder} --film")
-    return steps, returns
+        agent = make_agent(environment.observation_dim, environment.action_dim, config)
+        prepared = agent.prepare(dataset.transitions)
+        progress = restore(checkpoint, agent, config, checksum) if checkpoint else Progress()
+        if progress.step == config.max_steps and not progress.evaluation_due:
+            say(f"done   {config.resume} has all of its {progress.step:,} steps: nothing is left")
+            return Path(config.resume), curve_of(progress.rows)
+        where = f"cpu, {min(threads, agent.parts)} threads"
+        if not agent.on_cpu:
+            where = torch.cuda.get_device_name(agent.device)
+        if config.compile:
+            where += ", compiling the step"
+        say(f"agent  {type(agent).__name__}, {where}")
+        if agent.on_cpu:
+            agent.map = stack.enter_context(thread_pool(threads)).map
+        if config.compile:
+            agent.compile(prepared)
+            # A call that none of the graphs fits, should there be one, runs eagerly.
+            stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+        pool.environment()  # waits until the workers are up, and fails here if they cannot be
+
+        folder = Path(config.resume) if config.resume else make_folder(config)
+        try:
+            if not config.resume:
+                stack.callback(lock_folder(folder).release)
+            settings = json.dumps(dataclasses.asdict(config), indent=2)
+            write_whole(folder / "config.json", settings.encode())
+            log = Log(folder, config, progress.rows)
+        except InputError:
+            if not config.resume:
+                shutil.rmtree(folder)
+            raise
+        stack.callback(log.close)
+        say(f"run    {folder}, from step {progress.step:,}")
+        title = title_of(config, type(agent).__name__, dataset.source)
+        run = Run(
+            config=config,
+            agent=agent,
+            data=prepared,
+            data_returns=dataset.returns,
+            checksum=checksum,
+            environment=environment,
+            pool=pool,
+            folder=folder,
+            log=log,
+            progress=progress,
+            title=title,
+        )
+        stop = stack.enter_context(stop_signals())
+        try:
+            run.learn(stop, report)
+        except OSError as error:
+            error.add_note(f"mend that, then go on with --resume {folder}")
+            with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
+                run.save()
+            raise
+        if stop and (progress.evaluation_due or progress.step < config.max_steps):
+            run.save()
+            with contextlib.suppress(OSError):  # after a hangup there is no terminal
+                say(f"stopped at step {progress.step:,}; go on with --resume {folder}")
+            if stop[0] == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + stop[0])
+
+    curve = curve_of(log.rows)
+    last = curve.returns[-10:]
+    score = ""
+    if environment.random_return is not None:
+        score = f", score {environment.score(np.nanmean(last)):.1f}"
+    say(f"final  {np.nanmean(last):.1f} is the mean of the last {len(last)} evaluations{score}")
+    say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
+    more = f"--resume {folder} --max-steps {2 * config.max_steps}"
+    say(f"next   {more}, or --evaluate {folder} --film")
+    return folder, curve
 
 
-# -------------------------------------------------------------------------------------------- command line
-def parse(arguments: Sequence[str], default: Config | None = None) -> Config:
-    """Settings from the command line; when a run folder is resumed or evaluated, its settings are the defaults."""
+# ----------------------------------------------------------------------------------------- commands
+def parse(arguments: Sequence[str]) -> Config:
+    """Settings from the command line; those of the run that is resumed or evaluated are defaults.
+
+    Raises InputError; a flag that tyro cannot read ends the program with its message.
+    """
     import tyro
 
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            config = tyro.cli(Config, args=arguments, default=default or Config(), prog="ciql_pybullet.py")
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        cause = " ".join(re.sub("[│╮]", "", re.split("[─-]{9,}", box.getvalue())[1]).split())  # between rules, in a box
-        cause = re.sub(r".*Config (Value error, )?| \[type=.*", "", cause)
-        raise InputError(f"{cause.replace('Input should', 'must')}; --help lists the settings") from stop
-    folder = config.resume or config.evaluate
-    if not folder or default:
-        return config
-    saved = SETTINGS.validate_json((folder / "config.json").read_bytes())
-    return parse(arguments, dataclasses.replace(saved, resume=config.resume, evaluate=config.evaluate, film=False))
+    config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py")
+    if config.resume and config.evaluate:
+        raise InputError("resume and evaluate are both set; give one of the two")
+    run = config.resume or config.evaluate
+    if run:
+        saved = load_checkpoint(run)["config"]
+        own = {"resume": config.resume, "evaluate": config.evaluate, "film": False, "name": ""}
+        saved = dataclasses.replace(saved, **own)
+        config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py", default=saved)
+    check(config)
+    return config
+
+
+def evaluate_run(config: Config) -> None:
+    """Play the policy of the run folder ``config.evaluate``."""
+    checkpoint = load_checkpoint(config.evaluate)
+    policy = load_policy(checkpoint)
+    env_id = environment_id(config)
+    pool = EvaluationPool(
+        env_id, min(config.eval_episodes, config.threads or torch.get_num_threads())
+    )
+    with contextlib.closing(pool):
+        environment = ROBOTS.get(env_id) or pool.environment()
+        dims = (environment.observation_dim, environment.action_dim)
+        if dims != tuple(checkpoint["dims"]):
+            raise InputError(
+                f"env_id is {env_id}, of {dims} observations and actions, but the policy in"
+                f" {config.evaluate} has {tuple(checkpoint['dims'])}"
+            )
+        film = str(Path(config.evaluate, "policy.gif")) if config.film else ""
+        step = checkpoint["progress"].step
+        evaluate(pool, policy, config, environment, step, film=film)
+
+
+def prepare_process() -> None:
+    """What a program does that a library must not: its streams and signals."""
+    descriptor = 0
+    while descriptor <= 2:  # a stream that was closed would lend its number to a file of ours
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(descriptor, descriptor <= 2)
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not None
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def complain(cause: object) -> None:
+    """One line on stderr: what happened, and what was added on the way up."""
+    text = "; ".join([str(cause), *getattr(cause, "__notes__", [])])
+    line = " ".join(text.split())
+    print(f"ciql_pybullet: {printable(line)}", file=sys.stderr)
 
 
 def main() -> None:
-    getattr(sys.stdout, "reconfigure", dict)(line_buffering=True)  # so that a log in a file can be followed
+    """The command line. Exit codes: 2 bad input, 1 a fault of the machine, 128 + n signal n."""
+    prepare_process()
+    code = 0
     try:
         config = parse(sys.argv[1:])
-        if not config.evaluate:
+        if config.evaluate:
+            evaluate_run(config)
+        else:
             train(config)
-            return
-        checkpoint = load_checkpoint(config.evaluate)
-        with EvaluationPool(config) as pool:
-            pool.play(load_policy(checkpoint), checkpoint["step"], config.film and config.evaluate / "policy.gif")
-    except (InputError, OSError, FloatingPointError, pydantic.ValidationError) as error:
-        remedy = "; mend that, or name another place, then go on with --resume" if isinstance(error, OSError) else ""
-        print(f"ciql_pybullet: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except InputError as error:
+        code = 2
+        complain(error)
+    except (OSError, FloatingPointError) as error:
+        code = 1
+        complain(error)
+    except (RuntimeError, MemoryError) as error:
+        on_cuda = isinstance(error, torch.OutOfMemoryError)
+        on_cpu = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if not (on_cuda or on_cpu):
+            raise
+        code = 2
+        complain("out of memory; lower batch_size, num_neg or hidden_sizes")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """Re-collect d4rl-pybullet data sets from their published recipe.
 
-Soft actor-critic (Haarnoja et al., 2018) with the recipe's settings (two hidden layers of 256, learning
-rate 3e-4, batch 100, one update a step, no warm-up) learns in a PyBullet environment until a training
-episode returns at least ``level``; where one episode says little of the policy, the last ``window`` of them
-must on average. By the last word of its id, a data set is
+Soft actor-critic (Haarnoja et al., 2018) with the recipe's settings (two hidden layers of 256,
+learning rate 3e-4, batch 100, one update per step, no warm-up) learns in a PyBullet environment
+until a training episode returns at least ``level``; where one episode says little of the policy,
+the last ``window`` of them must on average. By the last word of its id, a data set is
 
     random   ``rows`` rows of the untrained stochastic policy
     mixed    the replay buffer up to that moment
     medium   ``rows`` rows of the final deterministic policy
 
-Rows are laid out as d4rl-pybullet lays them out. Row t holds (observation_t, action_t, r, d) where r and d
-ARRIVED WITH observation_t, from the step before. An episode closes with an extra row: its last observation,
-a zero action, the last reward, terminal 1, at the time limit as well as after a fall.
+Rows are laid out as d4rl-pybullet lays them out. Row t holds (observation_t, action_t, r, d) where
+r and d ARRIVED WITH observation_t, from the step before. An episode closes with an extra row: its
+last observation, a zero action, the last reward, terminal 1, at the time limit as well as after a
+fall.
 
     python data/make_bullet_dataset.py --id walker2d-bullet-mixed-v0
-    python data/make_bullet_dataset.py --id hopper-bullet-medium-v0 hopper-bullet-mixed-v0 --out sets
+    python data/make_bullet_dataset.py --id hopper-bullet-medium-v0 hopper-bullet-mixed-v0
 """
 
 import copy
@@ -24,7 +25,9 @@ import importlib.metadata
 import os
 import pathlib
 import re
+import shutil
 import sys
+import tempfile
 import time
 from typing import NoReturn
 
@@ -37,7 +40,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# of a robot: its environment, the return that ends learning, and the number of training episodes it is the mean of
+# Of a robot: its environment, the return that ends learning, and of how many training episodes.
 ROBOTS = {
     "halfcheetah": ("HalfCheetahBulletEnv-v0", 800.0, 1),
     "hopper": ("HopperBulletEnv-v0", 1000.0, 10),
@@ -50,9 +53,15 @@ ROBOTS = {
 class Recipe:
     """Re-collect d4rl-pybullet data sets: <out>/<id>.hdf5 for each id."""
 
-    id: tuple[str, ...]  # data sets of one robot, such as hopper-bullet-medium-v0 hopper-bullet-mixed-v0
-    out: pathlib.Path | None = None  # folder for the files; none: where ciql_pybullet.py looks for them
-    level: float | None = None  # stop learning once training episodes return this much; none: the robot's own
+    id: tuple[
+        str, ...
+    ]  # data sets of one robot, such as hopper-bullet-medium-v0 hopper-bullet-mixed-v0
+    out: pathlib.Path | None = (
+        None  # folder for the files; none: where ciql_pybullet.py looks for them
+    )
+    level: float | None = (
+        None  # stop learning once training episodes return this much; none: the robot's own
+    )
     window: int | None = None  # ... on average of this many, the last ones; none: the robot's own
     max_steps: int = 1_000_000  # give up learning after this many environment steps
     rows: int = 200_000  # rows of a random or medium file
@@ -65,7 +74,10 @@ class Rows:
     def __init__(self) -> None:
         self.rows: list[tuple[np.ndarray, np.ndarray, float, float]] = []
         self.returns: list[float] = []  # of the whole episodes
-        self.reward, self.episode_return = 0.0, 0.0  # the reward that arrived with the coming observation
+        self.reward, self.episode_return = (
+            0.0,
+            0.0,
+        )  # the reward that arrived with the coming observation
 
     def step(
         self, env: gymnasium.Env, observation: np.ndarray, action: np.ndarray
@@ -81,24 +93,54 @@ class Rows:
             self.reward, self.episode_return = 0.0, 0.0
         return observation, float(reward), terminated, truncated
 
-    def write(self, path: pathlib.Path, limit: int | None, source: str) -> None:
-        """Write the first ``limit`` rows (all of them: None) to ``path``."""
+    def write(self, path: pathlib.Path, limit: int | None, source: str) -> bool:
+        """Write the first ``limit`` rows (all of them: None) to ``path``; did that succeed?
+
+        They may be hours of learning: where the disk is full they go to the temporary folder.
+        """
         columns = zip(*self.rows[:limit], strict=True)
-        observations, actions, rewards, terminals = (np.asarray(column, np.float32) for column in columns)
+        observations, actions, rewards, terminals = (
+            np.asarray(column, np.float32) for column in columns
+        )
         stored = {
             "observations": observations,
             "actions": actions,
             "rewards": rewards[:, None],
             "terminals": terminals[:, None],
         }
-        part = path.with_suffix(".part")  # a file of that name is whole
+        count = len(self.returns)
+        print(
+            f"{path}: {len(rewards)} rows, {count} episodes, return {np.mean(self.returns):.1f}"
+            f" ± {np.std(self.returns):.1f}",
+            flush=True,
+        )
+        try:
+            write_whole(path, stored, source)
+            return True
+        except OSError as error:
+            complain(f"{path} cannot be written: {error}")
+        other = pathlib.Path(tempfile.mkdtemp(prefix="bullet-"), path.name)
+        try:
+            write_whole(other, stored, source)
+            complain(f"its rows are in {other}: move them there")
+        except OSError as error:
+            complain(f"{other} cannot be written either: {error}")
+        return False
+
+
+def write_whole(path: pathlib.Path, columns: dict[str, np.ndarray], source: str) -> None:
+    """Write an HDF5 file; one of that name is whole. Raises OSError."""
+    part = path.with_suffix(".part")
+    try:
         with h5py.File(part, "w") as file:
             file.attrs["source"] = source
-            for key, values in stored.items():
+            for key, values in columns.items():
                 file.create_dataset(key, data=values, compression="gzip", shuffle=True)
         part.rename(path)
-        episodes = f"{len(self.returns)} episodes, return {np.mean(self.returns):.1f} ± {np.std(self.returns):.1f}"
-        print(f"{path}: {len(rewards)} rows, {episodes}", flush=True)
+    except RuntimeError as error:  # how HDF5 may tell of a full disk
+        raise OSError(str(error)) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
@@ -141,7 +183,9 @@ class SAC:
         temperature = self.log_temperature.exp().detach()
         with torch.no_grad():
             a_next, log_likelihood = self.sample(s_next)
-            next_q = torch.stack([q(torch.cat([s_next, a_next], -1)) for q in self.targets]).amin(0)[:, 0]
+            next_q = torch.stack([q(torch.cat([s_next, a_next], -1)) for q in self.targets]).amin(
+                0
+            )[:, 0]
             target = r + 0.99 * (1 - terminated) * (next_q - temperature * log_likelihood)
         x = torch.cat([s, a], -1)
         q_loss = torch.stack([F.mse_loss(q(x)[:, 0], target) for q in self.critics]).sum()
@@ -156,7 +200,9 @@ class SAC:
         excess = log_likelihood.detach() - self.action_dim  # the target entropy is -action_dim
         minimize(self.temperature_optimizer, -(self.log_temperature.exp() * excess).mean())
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), 0.005)
+            torch._foreach_lerp_(
+                list(self.targets.parameters()), list(self.critics.parameters()), 0.005
+            )
 
 
 def minimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -166,19 +212,30 @@ def minimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float, window: int) -> Rows:
-    """Train ``sac`` until the last ``window`` episodes return ``level`` on average; returns the replay buffer."""
+    """Train ``sac`` until the last ``window`` episodes return ``level`` on average.
+
+    Returns the replay buffer.
+    """
     replay, start = Rows(), time.time()
     torch.manual_seed(recipe.seed)  # whether a random file was collected before or not
     observation, _ = env.reset(seed=recipe.seed)
     steps, observation_dim, action_dim = recipe.max_steps, observation.size, sac.action_dim
-    buffer = [torch.zeros(steps, *shape) for shape in ((observation_dim,), (action_dim,), (), (observation_dim,), ())]
+    buffer = [
+        torch.zeros(steps, *shape)
+        for shape in ((observation_dim,), (action_dim,), (), (observation_dim,), ())
+    ]
     t = 0
     while True:
         if t == steps:
-            stop(f"{window} episodes returned no {level:g} on average within {steps:,} steps; lower --level")
+            stop(
+                f"{window} episodes returned no {level:g} on average within {steps:,} steps;"
+                " lower --level"
+            )
         action = sac.act(observation, deterministic=False)
         next_observation, reward, terminated, truncated = replay.step(env, observation, action)
-        for column, value in zip(buffer, (observation, action, reward, next_observation, terminated), strict=True):
+        for column, value in zip(
+            buffer, (observation, action, reward, next_observation, terminated), strict=True
+        ):
             column[t] = torch.as_tensor(value)
         observation = next_observation
         t += 1
@@ -188,7 +245,10 @@ def learn(recipe: Recipe, env: gymnasium.Env, sac: SAC, level: float, window: in
         if terminated or truncated:
             if len(replay.returns) % 10 == 0:
                 rate = t / (time.time() - start)
-                print(f"step {t:,}  return {np.mean(replay.returns[-10:]):.1f}  {rate:.0f} steps/s", flush=True)
+                print(
+                    f"step {t:,}  return {np.mean(replay.returns[-10:]):.1f}  {rate:.0f} steps/s",
+                    flush=True,
+                )
             if len(replay.returns) >= window and np.mean(replay.returns[-window:]) >= level:
                 return replay
             observation, _ = env.reset()
@@ -208,25 +268,53 @@ def collect(recipe: Recipe, env: gymnasium.Env, sac: SAC, deterministic: bool, s
 
 
 def paths_by_kind(recipe: Recipe) -> tuple[str, dict[str, pathlib.Path]]:
-    """The robot, and the file to write for each kind asked for. Ends the program for an id that cannot be made."""
-    folder = recipe.out or pathlib.Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    found = [re.fullmatch(rf"({'|'.join(ROBOTS)})-bullet-(random|mixed|medium)-v0", name) for name in recipe.id]
+    """The robot, and the file to write for each kind asked for.
+
+    Ends the program for an id that cannot be made, or a folder that cannot hold the files.
+    """
+    try:
+        default = pathlib.Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+        folder = recipe.out or default.expanduser()
+    except RuntimeError as error:  # no home folder
+        stop(f"{error}; set --out")
+    found = [
+        re.fullmatch(rf"({'|'.join(ROBOTS)})-bullet-(random|mixed|medium)-v0", name)
+        for name in recipe.id
+    ]
     robots = {match[1] for match in found if match}
     if not all(found) or len(robots) != 1:
-        stop(f"id is {' '.join(recipe.id)}, but must be of one robot, like hopper-bullet-medium-v0 (mixed, random)")
+        stop(
+            f"id is {' '.join(recipe.id)}, but must be of one robot, like hopper-bullet-medium-v0"
+            " hopper-bullet-mixed-v0"
+        )
     paths = {match[2]: folder / f"{match[0]}.hdf5" for match in found if match}
     for path in paths.values():
         if path.exists():
             stop(f"{path} is there already; move it away or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        stop(f"{folder} cannot be made ({error.strerror}); choose another --out")
+        stop(f"{folder} cannot be written to ({error.strerror}); choose another --out")
+    largest = recipe.max_steps if "mixed" in paths else 0
+    largest += recipe.rows * len(paths.keys() - {"mixed"})
+    needed = 38 * 4 * largest  # Ant's row: 28 observations, 8 actions, reward, end; float32
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        stop(
+            f"{folder} has {free / 1e6:,.0f} MB free, but up to {needed / 1e6:,.0f} are needed;"
+            " choose another --out"
+        )
     return robots.pop(), paths
 
 
-def stop(line: str) -> NoReturn:
+def complain(line: str) -> None:
     print(f"make_bullet_dataset: {line}", file=sys.stderr)
+
+
+def stop(line: str) -> NoReturn:
+    complain(line)
     sys.exit(2)
 
 
@@ -243,23 +331,30 @@ def main(recipe: Recipe) -> None:
     assert env.observation_space.shape and env.action_space.shape
     sac = SAC(env.observation_space.shape[0], env.action_space.shape[0])
     versions = ", ".join(
-        f"{p} {importlib.metadata.version(p)}" for p in ("pybullet", "pybullet_envs_gymnasium", "torch")
+        f"{p} {importlib.metadata.version(p)}"
+        for p in ("pybullet", "pybullet_envs_gymnasium", "torch")
     )
-    source = f"re-collected after d4rl-pybullet's recipe in {env_id}, seed {recipe.seed}, {versions}, {datetime.date.today()}"
+    source = (
+        f"re-collected after d4rl-pybullet's recipe in {env_id}, seed {recipe.seed},"
+        f" {versions}, {datetime.date.today()}"
+    )
 
+    written = []
     if "random" in paths:
         untrained = collect(recipe, env, sac, deterministic=False, seed=recipe.seed + 10_000)
-        untrained.write(paths["random"], recipe.rows, f"{source}; untrained policy")
-    if paths.keys() == {"random"}:
-        return
-    replay = learn(recipe, env, sac, level, window)
-    reached = f"{np.mean(replay.returns[-window:]):.1f} over {window} episodes after {len(replay.rows):,} rows"
-    learned = f"SAC stopped at {reached} (level {level:g})"
-    if "mixed" in paths:
-        replay.write(paths["mixed"], None, f"{source}; replay of {learned}")
-    if "medium" in paths:
-        played = collect(recipe, env, sac, deterministic=True, seed=recipe.seed + 20_000)
-        played.write(paths["medium"], recipe.rows, f"{source}; mean action of {learned}")
+        written.append(untrained.write(paths["random"], recipe.rows, f"{source}; untrained policy"))
+    if paths.keys() != {"random"}:
+        replay = learn(recipe, env, sac, level, window)
+        reached = f"{np.mean(replay.returns[-window:]):.1f} over {window} episodes"
+        learned = f"SAC stopped at {reached} after {len(replay.rows):,} rows (level {level:g})"
+        if "mixed" in paths:
+            written.append(replay.write(paths["mixed"], None, f"{source}; replay of {learned}"))
+        if "medium" in paths:
+            played = collect(recipe, env, sac, deterministic=True, seed=recipe.seed + 20_000)
+            source = f"{source}; mean action of {learned}"
+            written.append(played.write(paths["medium"], recipe.rows, source))
+    if not all(written):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,81 +1,270 @@
-"""Reading of the data format, on files the tests write."""
+"""Reading of both layouts, on files the tests write; where data come from; other environments."""
 
+import json
+import pwd
+import subprocess
+import sys
+import textwrap
+
+import h5py
 import numpy as np
 import pooch
 import pytest
-from conftest import SAMPLE, SAMPLE_ID, episode, write_file
+import torch
+from conftest import ROOT, SAMPLE, SAMPLE_ID, episode, hopper_file, metrics, run_main, write_file
 
 import ciql_pybullet
-from ciql_pybullet import InputError, episode_returns, find_dataset, read_rows, read_transitions
+from ciql_pybullet import (
+    ROBOTS,
+    Config,
+    Environment,
+    EvaluationPool,
+    GaussianPolicy,
+    InputError,
+    Transitions,
+    check_transitions,
+    find_dataset,
+    load_dataset,
+    read_dataset,
+    read_transitions,
+    train,
+)
 
 
+# --------------------------------------------------------------------------- d4rl-pybullet's layout
 @pytest.mark.parametrize("two_dimensional", [False, True])
 def test_every_number(tmp_path, two_dimensional):
-    """An episode that fell after 2 steps, one cut by the time limit of 3, and one cut by the end of the file."""
+    """Episodes that fell after 2 steps and after 1, one cut by the limit, one by the file's end."""
     path = write_file(
         tmp_path / "data.hdf5",
-        episode(2, first=10), episode(3, first=20), episode(3, first=30, closed=False),
+        episode(2, first=10),
+        episode(1, first=40),
+        episode(3, first=20),
+        episode(3, first=30, closed=False),
         two_dimensional=two_dimensional,
-    )  # fmt: skip
+    )
     t = read_transitions(path, max_episode_steps=3)
-    assert t.observations[:, 0].tolist() == [10, 11, 20, 21, 22, 30, 31]
-    assert t.next_observations[:, 0].tolist() == [11, 12, 21, 22, 23, 31, 32]
-    np.testing.assert_allclose(t.observations[:, 1] - t.observations[:, 0], 0.1, atol=1e-5)
-    np.testing.assert_allclose(t.actions[:, 0], [1 / 4, 2 / 4, 1 / 5, 2 / 5, 3 / 5, 1 / 4, 2 / 4], atol=1e-7)
-    assert t.rewards.tolist() == [1011, 1012, 1021, 1022, 1023, 1031, 1032]
-    assert t.terminations.tolist() == [0, 1, 0, 0, 0, 0, 0]
-    shapes = [tuple(column.shape) for column in t]
-    assert shapes == [(7, 2), (7, 1), (7,), (7, 2), (7,)]
-    assert {str(column.dtype) for column in t} == {"torch.float32"}
-    assert episode_returns(read_rows(path)[0]).tolist() == [1011 + 1012, 1021 + 1022 + 1023]
+    assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 22, 30, 31]
+    assert t.next_observations[:, 0].tolist() == [11, 12, 41, 21, 22, 23, 31, 32]
+    for observations in (t.observations, t.next_observations):
+        np.testing.assert_allclose(observations[:, 1] - observations[:, 0], 0.1, atol=1e-5)
+    actions = [1 / 4, 2 / 4, 1 / 3, 1 / 5, 2 / 5, 3 / 5, 1 / 4, 2 / 4]
+    np.testing.assert_allclose(t.actions[:, 0], actions, atol=1e-7)
+    assert t.rewards.tolist() == [1011, 1012, 1041, 1021, 1022, 1023, 1031, 1032]
+    assert t.terminations.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+    assert [tuple(column.shape) for column in t] == [(8, 2), (8, 1), (8,), (8, 2), (8,)]
+    assert {column.dtype for column in t} == {torch.float32}
+    dataset = read_dataset(path, 3)
+    assert dataset.returns.tolist() == [1011 + 1012, 1041, 1021 + 1022 + 1023]
+    assert dataset.ended_after.tolist() == [2, 1]
+    assert (dataset.rows, dataset.layout) == (12, "d4rl-pybullet's layout")
 
 
 def test_time_limit_decides_what_terminates(tmp_path):
     path = write_file(tmp_path / "data.hdf5", episode(4, first=10), episode(5, first=20))
-    terminated = {limit: np.flatnonzero(read_transitions(path, limit).terminations).tolist() for limit in (4, 5, 6)}
-    assert terminated == {4: [], 5: [3], 6: [3, 8]}
+    found = {}
+    for limit in (5, 6):
+        found[limit] = np.flatnonzero(read_transitions(path, limit).terminations).tolist()
+    assert found == {5: [3], 6: [3, 8]}
 
 
-def test_first_row_of_the_next_episode_lends_no_reward(tmp_path):
-    """The reward beside an episode's first observation belongs to nothing, even if it is not zero."""
-    one, two = episode(2, first=10), episode(2, first=20)
-    two["rewards"][0] = 777
-    path = write_file(tmp_path / "data.hdf5", one, two)
-    assert 777 not in read_transitions(path).rewards.tolist()
-    assert episode_returns(read_rows(path)[0]).tolist() == [1011 + 1012, 1021 + 1022]
+# ------------------------------------------------------------------------------------ D4RL's layout
+def d4rl_episode(steps, first, terminal=0, timeout=0):
+    """The steps of ``episode`` in D4RL's layout, the last one marked."""
+    rows = episode(steps, first)
+    flags = {"terminals": np.zeros(steps), "timeouts": np.zeros(steps)}
+    flags["terminals"][-1] = terminal
+    flags["timeouts"][-1] = timeout
+    return flags | {
+        "observations": rows["observations"][:-1],
+        "actions": rows["actions"][:-1],
+        "rewards": rows["rewards"][1:],
+        "next_observations": rows["observations"][1:],
+    }
 
 
-def test_float64_and_compressed_files(tmp_path):
-    import h5py
+D4RL = (
+    d4rl_episode(2, first=10, terminal=1),
+    d4rl_episode(1, first=40, terminal=1),
+    d4rl_episode(3, first=20, timeout=1),
+    d4rl_episode(1, first=50, timeout=1),
+    d4rl_episode(2, first=60, terminal=1, timeout=1),
+    d4rl_episode(2, first=30),  # the file ends in mid-episode
+)
 
-    columns = episode(5, first=0)
-    with h5py.File(tmp_path / "data.hdf5", "w") as file:
-        for key, column in columns.items():
-            file.create_dataset(key, data=column.astype(np.float64), compression="gzip")
-    assert read_transitions(tmp_path / "data.hdf5").rewards.tolist() == [1001, 1002, 1003, 1004, 1005]
+
+@pytest.mark.parametrize("flag", [np.float32, np.float64, bool, np.int8, np.int64])
+def test_every_number_of_d4rls_layout(tmp_path, flag):
+    """With every kind of flags, two-dimensional columns, groups of no concern, compressed."""
+    path = tmp_path / "data.hdf5"
+    with h5py.File(path, "w") as file:
+        for key in D4RL[0]:
+            column = np.concatenate([e[key] for e in D4RL])
+            if key in ("terminals", "timeouts"):
+                column = column.astype(flag)
+            if column.ndim == 1 and flag != np.int8:
+                column = column[:, None]
+            file.create_dataset(key, data=column, compression="gzip")
+        file["infos/qpos"] = np.zeros((3, 2))
+        file["metadata/algorithm"] = "SAC"
+    dataset = read_dataset(path, max_episode_steps=2)  # of no concern: the layout marks cuts itself
+    t = dataset.transitions
+    assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 22, 50, 60, 61, 30, 31]
+    assert t.next_observations[:, 0].tolist() == [11, 12, 41, 21, 22, 23, 51, 61, 62, 31, 32]
+    actions = [1 / 4, 2 / 4, 1 / 3, 1 / 5, 2 / 5, 3 / 5, 1 / 3, 1 / 4, 2 / 4, 1 / 4, 2 / 4]
+    np.testing.assert_allclose(t.actions[:, 0], actions, atol=1e-7)
+    rewards = [1011, 1012, 1041, 1021, 1022, 1023, 1051, 1061, 1062, 1031, 1032]
+    assert t.rewards.tolist() == rewards
+    assert t.terminations.tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0]
+    assert {column.dtype for column in t} == {torch.float32}
+    assert dataset.returns.tolist() == [2023, 1041, 3066, 1051, 2123]
+    assert dataset.ended_after.tolist() == [2, 1, 2]
+    assert (dataset.rows, dataset.layout) == (11, "D4RL's layout")
+
+
+def test_d4rls_layout_without_next_observations(tmp_path):
+    """The last step of a cut episode has no successor, nor has the last row: they are left out."""
+    path = write_file(tmp_path / "data.hdf5", *D4RL, next_observations=None)
+    dataset = read_dataset(path)
+    t = dataset.transitions
+    assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 60, 61, 30]
+    assert t.rewards.tolist() == [1011, 1012, 1041, 1021, 1022, 1061, 1062, 1031]
+    assert t.terminations.tolist() == [0, 1, 1, 0, 0, 0, 1, 0]
+    goes_on = t.terminations == 0  # what follows a termination is not used
+    assert t.next_observations[goes_on][:, 0].tolist() == [11, 21, 22, 61, 31]
+    assert t.next_observations.isfinite().all()
+    assert dataset.returns.tolist() == [2023, 1041, 3066, 1051, 2123]
+    ended = write_file(tmp_path / "ended.hdf5", *D4RL[:5], next_observations=None)
+    assert read_transitions(ended).terminations.tolist() == [0, 1, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["halfcheetah", "hopper"])
+def test_sample_reads_the_same_in_d4rls_layout(tmp_path, name):
+    sample = SAMPLE.parent / f"{name}-bullet-medium-sample.hdf5"
+    expected = read_dataset(sample)
+    t = expected.transitions
+    goes_on = (t.next_observations[:-1] == t.observations[1:]).all(1).numpy()
+    path = tmp_path / "data.hdf5"
+    with h5py.File(path, "w") as file:
+        for key, column in t._asdict().items():
+            file["terminals" if key == "terminations" else key] = column.numpy()
+        file["timeouts"] = ~np.append(goes_on, False) & (t.terminations.numpy() == 0)
+    found = read_dataset(path)
+    for one, other in zip(found.transitions, t, strict=True):
+        assert torch.equal(one, other)
+    np.testing.assert_allclose(found.returns, expected.returns)
+    assert found.ended_after.tolist() == expected.ended_after.tolist()
+
+
+# ------------------------------------------------------------------ neither layout, doubtful limits
+def first_rewards(path):
+    return write_file(path, episode(4, 0) | {"rewards": np.full(5, 7.0)}, episode(3, 5))
+
+
+NEITHER = {
+    "steps at the end rows": (
+        lambda path: write_file(path, *D4RL, timeouts=None),
+        "no known layout",
+        "(here 3 of 3 do not)",
+    ),
+    "first rewards": (first_rewards, "no known layout", "begins with reward 0 (here 1 do not)"),
+    "longer than the limit": (
+        lambda path: write_file(path, episode(4, 0), episode(5, 10)),
+        "an episode of 5 steps, but the time limit is 4",
+        "set max_episode_steps",
+    ),
+    "cut one longer than the limit": (
+        lambda path: write_file(path, episode(4, 0), episode(6, 10, closed=False)),
+        "an episode of 5 steps, but the time limit is 4",
+        "set max_episode_steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_file_of_neither_layout_is_refused(tmp_path, name):
+    write, *named = NEITHER[name]
+    with pytest.raises(InputError) as error:
+        read_dataset(write(tmp_path / "data.hdf5"), max_episode_steps=4)
+    for words in ("data.hdf5", *named):
+        assert words in str(error.value)
+
+
+def test_file_may_end_after_the_last_action_of_an_episode(tmp_path):
+    path = write_file(tmp_path / "data.hdf5", episode(4, 0), episode(4, 10, closed=False))
+    assert read_transitions(path, 4).terminations.tolist() == [0] * 7
+
+
+def robot_file(path, env_id, lengths, **replaced):
+    """Episodes of these lengths in d4rl-pybullet's layout, with the shapes of ``env_id``."""
+    robot = ROBOTS[env_id]
+    dims = (robot.observation_dim, robot.action_dim)
+    return write_file(path, *(episode(steps, 0, *dims) for steps in lengths), **replaced)
 
 
 @pytest.mark.parametrize(
+    ("env_id", "lengths", "limit", "terminations", "note"),
+    [
+        ("HalfCheetahBulletEnv-v0", (5, 5), 0, 2, "2 terminations of a robot that never falls"),
+        ("HalfCheetahBulletEnv-v0", (5, 5), 5, 0, ""),
+        ("HopperBulletEnv-v0", (5, 5, 5, 3), 0, 4, "3 terminations after just 5 steps"),
+        ("HopperBulletEnv-v0", (5, 5, 5, 3), 5, 1, ""),
+        ("HopperBulletEnv-v0", (5, 6, 7, 5), 0, 4, ""),
+    ],
+)
+def test_time_limit_of_the_recording(tmp_path, capsys, env_id, lengths, limit, terminations, note):
+    path = robot_file(tmp_path / "data.hdf5", env_id, lengths)
+    config = Config(dataset=str(path), env_id=env_id, max_episode_steps=limit)
+    dataset = load_dataset(config, ROBOTS[env_id])
+    assert dataset.transitions.terminations.sum() == terminations
+    out = capsys.readouterr().out
+    assert f"{sum(lengths)} transitions, {terminations} of them terminations" in out
+    assert "in d4rl-pybullet's layout" in out
+    assert ("NOTE" in out) == bool(note) and note in out
+    if note:
+        assert "max_episode_steps (to 5?)" in out
+
+
+def test_time_limits_among_the_terminations_of_d4rls_layout(tmp_path, capsys):
+    robot = ROBOTS["HopperBulletEnv-v0"]
+    path = robot_file(
+        tmp_path / "data.hdf5", "HopperBulletEnv-v0", (5, 5, 5), timeouts=np.zeros(18)
+    )
+    load_dataset(Config(dataset=str(path), env_id="HopperBulletEnv-v0"), robot)
+    out = capsys.readouterr().out
+    assert "in D4RL's layout" in out and "mark that in 'timeouts' and not in 'terminals'" in out
+
+
+def test_message_names_the_robot_that_fits(tmp_path, monkeypatch, capsys):
+    hopper_file(tmp_path / "data.hdf5")
+    code, _, error = run_main(monkeypatch, capsys, ["--dataset", "data.hdf5"])
+    assert code == 2 and error.count("\n") == 1
+    assert "Set env_id (its shapes fit HopperBulletEnv-v0)" in error
+    write_file(tmp_path / "other.hdf5", episode(3, 0, 4, 2))
+    code, _, error = run_main(monkeypatch, capsys, ["--dataset", "other.hdf5"])
+    assert code == 2 and "Set env_id" in error and "BulletEnv" not in error
+
+
+# ------------------------------------------------------------------------------- embedded samples
+@pytest.mark.parametrize(
     ("name", "transitions", "terminations", "returns"),
     [
-        ("halfcheetah", (100_000, 26), 0, (100, 861.8, 90.6)),
+        ("halfcheetah", (100_000, 26), 0, (100, 861.8, 90.6)),  # a cheetah never falls
         ("hopper", (28_245, 15), 10, (32, 1253.7, 295.8)),
-    ],  # a cheetah never falls
+    ],
 )
 def test_embedded_samples(name, transitions, terminations, returns):
-    path = SAMPLE.parent / f"{name}-bullet-medium-sample.hdf5"
-    rows, source = read_rows(path)
-    t, own = read_transitions(path), episode_returns(rows)
+    dataset = read_dataset(SAMPLE.parent / f"{name}-bullet-medium-sample.hdf5")
+    t = dataset.transitions
+    own = dataset.returns
     assert t.observations.shape == transitions
     assert t.terminations.sum() == terminations
     assert (len(own), own.mean().round(1), own.std().round(1)) == returns
     assert t.rewards.double().sum().item() == pytest.approx(own.sum(), rel=1e-6)
-    assert "re-collected" in source
+    assert "re-collected" in dataset.source
 
 
-# ---------------------------------------------------------------------------------- where data come from
-
-
+# ----------------------------------------------------------------------------- where data come from
 @pytest.fixture
 def offline(monkeypatch):
     """The published addresses cannot be reached; returns the list of those that were asked for."""
@@ -110,19 +299,237 @@ def test_the_default_cache_is_d4rl_pybullets(tmp_path, monkeypatch, offline):
     assert find_dataset("ant-bullet-mixed-v0") == cached
 
 
+def test_user_without_a_home(tmp_path, monkeypatch, offline):
+    """As in a container: no HOME, and a number that is no user's. Only an id needs a folder."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(InputError, match="set D4RL_DATASET_DIR"):
+        find_dataset(SAMPLE_ID)
+    assert str(find_dataset("data.hdf5")) == "data.hdf5"
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    assert find_dataset(SAMPLE_ID) == SAMPLE
+
+
 def test_the_samples_stand_in_for_their_own_ids_alone(tmp_path, offline, capsys):
-    samples = {path.name.replace("-sample.hdf5", "-v0"): path for path in SAMPLE.parent.glob("*-sample.hdf5")}
-    assert samples[SAMPLE_ID] == SAMPLE
-    for name, path in samples.items():
-        assert find_dataset(name) == path
-        assert "no route to host" in capsys.readouterr().out
-    others = [name for name in ciql_pybullet.DOWNLOAD_URLS if name not in samples]
-    assert len(others) == 12 - len(samples)
-    for name in others:
-        with pytest.raises(InputError) as error:
-            find_dataset(name)
-        url, place = ciql_pybullet.DOWNLOAD_URLS[name], tmp_path / "cache" / f"{name}.hdf5"
-        assert f"download {url} to {place}" in str(error.value)
-        assert f"python data/make_bullet_dataset.py --id {name}" in str(error.value)
-    assert set(offline) == set(ciql_pybullet.DOWNLOAD_URLS.values())
+    found = {}
+    for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
+        for kind in ("random", "medium", "mixed"):
+            name = f"{robot}-bullet-{kind}-v0"
+            sample = SAMPLE.parent / f"{robot}-bullet-{kind}-sample.hdf5"
+            if sample.exists():
+                assert find_dataset(name) == sample
+                assert "no route to host" in capsys.readouterr().out
+            else:
+                with pytest.raises(InputError) as error:
+                    find_dataset(name)
+                place = tmp_path / "cache" / f"{name}.hdf5"
+                assert f"download {offline[-1]} to {place}" in str(error.value)
+                remedy = f"python data/make_bullet_dataset.py --id {name}"
+                assert remedy in str(error.value)
+            found[name] = offline[-1]
+            assert offline[-1].startswith("https://www.dropbox.com/s/")
+            assert offline[-1].endswith(f"/{name}.hdf5?dl=1")
+    assert set(found) == set(ciql_pybullet.DATASETS)
+    assert len(set(offline)) == 12
     assert not list(tmp_path.glob("cache/*")) and not list(tmp_path.glob("cache/.*"))
+
+
+# ------------------------------------------------------------------------- transitions of one's own
+def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
+    columns = {
+        "observations": torch.randn(n, observation_dim),
+        "actions": torch.rand(n, action_dim) * 2 - 1,
+        "rewards": torch.randn(n),
+        "next_observations": torch.randn(n, observation_dim),
+        "terminations": torch.zeros(n),
+    }
+    return Transitions(**(columns | replaced))
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (own_transitions(observation_dim=14), "observations has shape (6, 14), but (6, 15) fits"),
+        (own_transitions(next_observations=torch.zeros(6, 3)), "next_observations has shape"),
+        (own_transitions(rewards=torch.zeros(6, 1)), "rewards has shape (6, 1)"),
+        (own_transitions(rewards=torch.zeros(6).double()), "must be torch.float32"),
+        (own_transitions(rewards=torch.full((6,), np.nan)), "rewards holds NaN"),
+        (own_transitions(terminations=torch.full((6,), 0.5)), "other than 0 and 1"),
+        (own_transitions(actions=torch.full((6, 3), -1.5)), "outside the action box (up to 1.5)"),
+        (own_transitions(1), "two at least"),
+    ],
+)
+def test_transitions_that_do_not_fit(data, named):
+    with pytest.raises(InputError) as error:
+        check_transitions(data, ROBOTS["HopperBulletEnv-v0"], "data")
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_actions_of_another_box_are_rescaled():
+    environment = Environment(15, 2, action_low=(-2.0, 0.0), action_high=(2.0, 4.0))
+    actions = torch.tensor([[-2.0, 0.0], [0.0, 2.0], [2.0, 4.0], [1.0, 1.0]])
+    data = own_transitions(4, action_dim=2, actions=actions)
+    found = check_transitions(data, environment, "data")
+    assert found.actions.tolist() == [[-1, -1], [0, 0], [1, 1], [0.5, -0.5]]
+    outside = data._replace(actions=actions - 0.01)
+    with pytest.raises(InputError, match="outside the action box"):
+        check_transitions(outside, environment, "data")
+
+
+# ------------------------------------------------------------------------------- other environments
+ENVIRONMENTS = """
+    import gymnasium
+    import numpy as np
+
+    class Paid(gymnasium.Env):
+        '''Pays what it is told: the first action, and a hundred times the second.'''
+
+        observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+        action_space = gymnasium.spaces.Box(np.float32([-2, 0]), np.float32([2, 4]))
+
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(2, np.float32), action[0] + 100 * action[1], False, False, {}
+
+    class Unbounded(Paid):
+        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+
+    class Picture(Paid):
+        observation_space = gymnasium.spaces.Box(0, 1, (8, 8))
+
+    gymnasium.register("Paid-v0", Paid, max_episode_steps=3)
+    class Restless(Paid):
+        def __init__(self, mass):
+            pass
+
+    gymnasium.register("Unbounded-v0", Unbounded, max_episode_steps=3)
+    gymnasium.register("Picture-v0", Picture, max_episode_steps=3)
+    gymnasium.register("Restless-v0", Restless, max_episode_steps=3)
+    gymnasium.register("Endless-v0", Paid)
+"""
+
+
+@pytest.fixture
+def environments(tmp_path, monkeypatch):
+    """A module that registers environments, which workers can import as well."""
+    (tmp_path / "environments.py").write_text(textwrap.dedent(ENVIRONMENTS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_what_environments_say_of_themselves(tmp_path, environments):
+    """The table of robots agrees with the simulator; what CIQL cannot act in is refused."""
+    code = f"""
+        import json, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
+        import ciql_pybullet
+
+        said = {{}}
+        for env_id in json.loads(sys.argv[1]):
+            try:
+                said[env_id] = ciql_pybullet.describe_environment(env_id)
+            except ciql_pybullet.InputError as error:
+                said[env_id] = str(error)
+        print("says", json.dumps(said))
+    """
+    refused = {
+        "CartPole-v1": "is no box",
+        "environments:Picture-v0": "is no box of one dimension",
+        "environments:Unbounded-v0": "has no bounds",
+        "environments:Restless-v0": "cannot make",
+        "environments:Endless-v0": "has no time limit",
+        "NoSuchRobot-v0": "cannot make",
+        "no_such_module:Robot-v0": "MODULE:ID",
+    }
+    others = {"ReacherBulletEnv-v0": [9, 2, 150], "environments:Paid-v0": [2, 2, 3]}
+    env_ids = json.dumps([*ROBOTS, *others, *refused])
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), env_ids],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = json.loads(run.stdout.split("says ")[1])
+    for env_id, robot in ROBOTS.items():
+        assert said[env_id][:3] == list(robot[:3])
+        ones = [1.0] * robot.action_dim
+        assert said[env_id][3:5] == [[-low for low in ones], ones]
+    for env_id, expected in others.items():
+        assert said[env_id][:3] == expected
+    assert said["environments:Paid-v0"][3:5] == [[-2, 0], [2, 4]]
+    for env_id, words in refused.items():
+        assert words in said[env_id] and env_id in said[env_id]
+
+
+SMALL = {
+    "device": "cpu",
+    "compile": False,
+    "hidden_sizes": (8,),
+    "batch_size": 16,
+    "max_steps": 20,
+    "eval_interval": 10,
+    "log_interval": 10,
+    "eval_episodes": 2,
+    "threads": 1,
+}
+
+
+@pytest.mark.slow
+def test_another_action_box_is_played(tmp_path, environments, capsys):
+    """Actions in [-1, 1] reach the environment's own box; no score, as there is no reference."""
+    policy = GaussianPolicy(2, 2, (4,))
+    with torch.no_grad():
+        policy.mu[-1].weight.zero_()
+        policy.mu[-1].bias.fill_(np.arctanh(0.5))  # half of the way from the middle
+    pool = EvaluationPool("environments:Paid-v0", 1)
+    try:
+        assert pool.environment()[:3] == (2, 2, 3)
+        returns = pool.play(policy, [0, 1])
+    finally:
+        pool.close()
+    np.testing.assert_allclose(returns, 3 * (1 + 100 * 3), rtol=1e-5)
+
+    actions = np.tile(np.float32([[-2, 0], [2, 4], [0, 0]]), (5, 1))
+    path = write_file(
+        tmp_path / "data.hdf5",
+        d4rl_episode(15, 0, timeout=1) | {"actions": actions},
+        next_observations=None,
+    )
+    config = Config(dataset=str(path), env_id="environments:Paid-v0", **SMALL)
+    folder, curve = train(config)
+    assert curve.steps.tolist() == [10, 20]
+    rows = metrics(folder)
+    assert "return_mean" in rows[-1] and "score" not in rows[-1]
+    assert "score" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_reacher(tmp_path, capsys):
+    """Another of the simulator's robots: time limit and shapes are its own. From Python as well."""
+    rng = np.random.default_rng(0)
+    episodes = [episode(steps, 0, 9, 2) for steps in (150, 150, 100, 150)]
+    for e in episodes:
+        e["observations"] = rng.normal(size=e["observations"].shape)
+    path = write_file(tmp_path / "data.hdf5", *episodes)
+    config = Config(dataset=str(path), env_id="ReacherBulletEnv-v0", **SMALL)
+    folder, curve = train(config)
+    out = capsys.readouterr().out
+    assert "550 transitions, 1 of them terminations, in d4rl-pybullet's layout" in out
+    assert "NOTE" not in out and "score" not in out
+    assert curve.returns.shape == (2, 2) and np.isfinite(curve.returns).all()
+    assert (tmp_path / "eval_returns.png").exists() and (folder / "eval_returns.png").exists()
+
+    own_folder, own = train(config, data=read_transitions(path, 150))
+    assert np.array_equal(own.returns, curve.returns)
+    assert own_folder.name.startswith("own-transitions-hidden_sizes8-batch_size16-seed0-")
+    with pytest.raises(InputError, match="env_id is not set"):
+        train(Config(**SMALL), data=read_transitions(path, 150))

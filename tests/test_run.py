@@ -1,211 +1,542 @@
 """Whole runs, as a user starts them: log, picture, run folder, resuming, other programs."""
 
+import contextlib
 import csv
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, hopper_file, run_main
+from conftest import (
+    LAB_FLAGS,
+    LAB_SETTINGS,
+    ROOT,
+    SCRIPT,
+    PoolHere,
+    children_of,
+    flags,
+    gone,
+    hopper_file,
+    lab_file,
+    metrics,
+    run_main,
+    snapshot,
+)
+from PIL import Image
 
 import ciql_pybullet
-from ciql_pybullet import CIQL, Config, load_checkpoint, load_policy
+from ciql_pybullet import CIQL, Config, load_checkpoint, load_policy, train
 
-SMALL = ["--device", "cpu", "--no-compile", "--hidden-sizes", "8", "8", "--batch-size", "16", "--eval-episodes", "2"]
-HOPPER = ["--dataset", "data.hdf5", "--env-id", "HopperBulletEnv-v0", *SMALL]
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts the script in ``tmp_path``, without a network."""
-    hopper_file(tmp_path / "data.hdf5")
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "HOME": str(tmp_path)}
-
-    def start(*arguments):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=tmp_path, env=environment, **pipes)
-
-    return start
+SMALL = ["--device", "cpu", "--no-compile", "--hidden-sizes", "8", "--batch-size", "16"]
 
 
-def run_folder(tmp_path, number=0):
-    return sorted((tmp_path / "runs").iterdir())[number]
+def start(*arguments, before=(), **options):
+    """Start the script in a process group of its own."""
+    return subprocess.Popen(
+        [*before, sys.executable, SCRIPT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
 
 
-def metrics(folder):
-    """The rows of metrics.csv, but for the speed."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in csv.DictReader(file)]
+@contextlib.contextmanager
+def ended(process):
+    """Context that leaves nothing of the process group behind."""
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
-def test_300_steps(start, tmp_path):
+def finish(process, timeout=60):
+    """Its exit code, and the rest of stdout and stderr."""
+    with ended(process):
+        out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def read_until(process, words):
+    """Read its log up to a line with ``words``."""
+    for line in process.stdout:
+        if words in line:
+            return
+    pytest.fail(f"it ended without {words!r}: {process.stderr.read()}")
+
+
+def run_folders(tmp_path):
+    """The run folders, in the order in which they were made."""
+    return sorted((tmp_path / "runs").iterdir(), key=lambda folder: folder.name[-22:])
+
+
+def assert_same_run(one, other):
+    """Two run folders hold the same curve, weights, averages and random state, to the bit."""
+    assert metrics(one) == metrics(other)
+    left, right = (load_checkpoint(folder) for folder in (one, other))
+    assert_same(vars(left["progress"]), vars(right["progress"]), "progress")
+    for key in ("agent", "policy", "random_state"):
+        assert_same(left[key], right[key], key)
+
+
+def assert_same(one, other, where):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            if key != "steps_per_second":
+                assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for number, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{where}.{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+# ------------------------------------------------------------------------------------- the main job
+@pytest.mark.slow
+def test_300_steps(tmp_path, pool_here, monkeypatch, capsys):
     """The main job in small: what it prints, evaluates and writes."""
-    process = start("--max-steps", "300", "--log-interval", "100", "--eval-interval", "150", *SMALL)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert err == ""
+    arguments = ["--max-steps", "300", "--log-interval", "100", "--eval-interval", "150", *SMALL]
+    process = start(*arguments, "--eval-episodes", "2", "--alpha", "0.5")
+    code, out, err = finish(process, 200)
+    assert (code, err) == (0, "")
     assert "argv[0]" not in out and "pybullet build time" not in out
-    assert "halfcheetah-bullet-medium-sample.hdf5: 100,100 rows, 100 episodes, mean return 861.8 ± 90.6\n" in out
-    assert "100,000 transitions, 0 of them terminations\n" in out
-    assert "NOTE   this is not the published halfcheetah-bullet-medium-v0, but re-collected after" in out
-    number = r"-?\d+\.\d+"
-    losses = rf"step +\d+  V {number}  Q {number}  policy {number}  penalty {number}  mean Q {number}  \d+ steps/s"
+    sample = "halfcheetah-bullet-medium-sample.hdf5"
+    assert f"{sample}: 100,100 rows, 100 episodes, mean return 861.8 ± 90.6\n" in out
+    assert "100,000 transitions, 0 of them terminations, in d4rl-pybullet's layout\n" in out
+    assert "NOTE   this is not the published halfcheetah-bullet-medium-v0, but re-collected" in out
+    number = r"-?\d\S*"
+    losses = rf"step +\d+  value_loss {number}  q_loss {number}  policy_loss {number}  "
     evaluation = rf"step +\d+  return {number} ± {number} over 2 episodes  score {number}"
-    assert len(re.findall(losses, out)) == 3
+    assert len(re.findall(losses + r".*  \d+ steps/s\n", out)) == 3
     assert len(re.findall(evaluation, out)) == 2
     assert (tmp_path / "eval_returns.png").read_bytes().startswith(b"\x89PNG")
-    folder = run_folder(tmp_path)
-    assert [row["step"] for row in metrics(folder)] == ["100", "150", "200", "300"]
+
+    (folder,) = run_folders(tmp_path)
+    words = "halfcheetah-bullet-medium-v0-alpha0.5-hidden_sizes8-batch_size16-seed0-20"
+    assert folder.name.startswith(words)
+    picture = (folder / "eval_returns.png").read_bytes()
+    assert picture == (tmp_path / "eval_returns.png").read_bytes()
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == ["100", "150", "200", "300"]
+    assert [bool(row["return_2"]) for row in rows] == [False, True, False, True]
+    assert [bool(row["value_loss"]) for row in rows] == [True, False, True, True]
     assert json.loads((folder / "config.json").read_text())["max_steps"] == 300
-    assert load_checkpoint(folder)["step"] == 300
-    assert list(folder.glob("events.out.tfevents.*"))
-    assert not list(folder.glob(".*"))
+    assert load_checkpoint(folder)["progress"].step == 300
+    events = next(folder.glob("events.out.tfevents.*")).read_bytes()
+    assert b"training/policy_loss" in events and b"| alpha | 0.5 |" in events
+    assert {path.name for path in folder.glob(".*")} <= {".lock"}
 
     # the saved policy plays what training saw, to the bit
     last = re.findall(evaluation, out)[-1]
-    process = start("--evaluate", str(folder))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    code, out, err = run_main(monkeypatch, capsys, ["--evaluate", str(folder)])
+    assert (code, err) == (0, "")
     assert re.findall(evaluation, out) == [last]
     action = load_policy(folder).act(np.zeros(26, np.float32))
     assert action.shape == (6,) and np.abs(action).max() <= 1
 
 
-def test_train_can_be_called(tmp_path, capsys):
-    """From another program, twice: the same settings give the same numbers."""
-    hopper_file(tmp_path / "data.hdf5")
-    config = Config(
-        dataset="data.hdf5", env_id="HopperBulletEnv-v0", device="cpu", compile=False, hidden_sizes=(8,),
-        max_steps=50, eval_interval=20, eval_episodes=3, log_interval=10,
-    )  # fmt: skip
+# ------------------------------------------------------------------------------ from other programs
+def test_train_can_be_called(lab, pool_here):
+    """Twice: the same settings give the same numbers, in two folders, and leave no trace."""
+    config = Config(**LAB_SETTINGS, matmul_precision="medium")
     reported = []
-    steps, returns = ciql_pybullet.train(config, lambda row, folder: reported.append((row, load_checkpoint(folder))))
-    assert steps.tolist() == [20, 40, 50]
-    assert [row["step"] for row, _ in reported] == [checkpoint["step"] for _, checkpoint in reported] == [20, 40, 50]
-    assert np.allclose([row["return_mean"] for row, _ in reported], returns.mean(1))
-    assert returns.shape == (3, 3)
-    again = ciql_pybullet.train(config)
-    assert np.array_equal(again[1], returns)
-    assert metrics(run_folder(tmp_path, 0)) == metrics(run_folder(tmp_path, 1))
+
+    def report(row, folder):
+        reported.append((row, load_checkpoint(folder)["progress"].step))
+
+    def state():
+        handlers = [signal.getsignal(number) for number in ciql_pybullet.STOP_SIGNALS]
+        precision = torch.get_float32_matmul_precision()
+        active = threading.active_count()
+        return handlers, precision, active, torch.get_num_threads(), dict(os.environ)
+
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        train(config)  # imports what stays
+        before = state()
+        first, curve = train(config, report=report)
+        second, again = train(config)
+    assert state() == before
+    assert curve.steps.tolist() == [20, 40]
+    assert [row["step"] for row, _ in reported] == [step for _, step in reported] == [20, 40]
+    assert np.allclose([row["return_mean"] for row, _ in reported], curve.returns.mean(1))
+    assert curve.returns.shape == (2, 2)
+    assert np.array_equal(again.returns, curve.returns)
+    assert first != second
+    assert_same_run(first, second)
+
+
+def test_interrupted_from_python(lab, pool_here, capsys):
+    """Ctrl-C raises KeyboardInterrupt once all is saved, other signals SystemExit."""
+    config = Config(**LAB_SETTINGS, name="run")
+    usual = [signal.getsignal(number) for number in ciql_pybullet.STOP_SIGNALS]
+    with pytest.raises(KeyboardInterrupt):
+        train(config, report=lambda row, folder: signal.raise_signal(signal.SIGINT))
+    assert load_checkpoint("runs/run")["progress"].step == 20
+    assert "stopped at step 20; go on with --resume runs/run\n" in capsys.readouterr().out
+    resumed = dataclasses.replace(config, resume="runs/run", max_steps=60)
+    with pytest.raises(SystemExit) as stopped:
+        train(resumed, report=lambda row, folder: signal.raise_signal(signal.SIGHUP))
+    assert stopped.value.code == 128 + signal.SIGHUP
+    assert load_checkpoint("runs/run")["progress"].step == 40
+    assert [signal.getsignal(number) for number in ciql_pybullet.STOP_SIGNALS] == usual
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    code = (
-        "import sys, threading, torch; before = torch.get_rng_state(); import ciql_pybullet;"
-        "assert not {'pybullet', 'gymnasium', 'matplotlib', 'tyro', 'tensorboard', 'torch._dynamo'} & set(sys.modules);"
-        "assert threading.active_count() == 1 and torch.equal(before, torch.get_rng_state())"
-    )
+    code = """
+        import sys, threading, torch
+        before = torch.get_rng_state()
+        import ciql_pybullet
+        assert threading.active_count() == 1 and torch.equal(before, torch.get_rng_state())
+        heavy = {"pybullet", "gymnasium", "matplotlib", "tyro", "tensorboard", "torch._dynamo"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    """
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", textwrap.dedent(code)],
         check=False,
-        cwd=tmp_path,
         capture_output=True,
         text=True,
+        timeout=60,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
-def test_two_runs_in_one_second_have_two_folders(tmp_path):
-    config = Config(out_dir=tmp_path / "runs", device="cpu", hidden_sizes=(4,))
-    agent = CIQL(26, 6, config)
-    folders = {ciql_pybullet.Run(config, agent, None).folder.name for _ in range(3)}
-    assert len(folders) == 3 and all(name.startswith("halfcheetah-bullet-medium-v0-seed0-20") for name in folders)
+@pytest.mark.slow
+def test_program_without_a_main_guard(lab):
+    """Its workers import it and would train as well: it is told what is missing."""
+    (lab / "program.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"import ciql_pybullet\nciql_pybullet.train(ciql_pybullet.Config(**{LAB_SETTINGS!r}))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "program.py"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    assert run.stderr.count("Traceback") == 1
+    assert 'a program calls train without if __name__ == "__main__":' in run.stderr
+    assert not (lab / "runs").exists()
 
 
-# ---------------------------------------------------------------------------------------------- resuming
+OTHER_POLICY = """
+import ciql_pybullet
 
 
-def test_settings_of_an_older_run_can_be_read():
-    """A setting that the run's version did not have takes its default, one that is gone is left out."""
-    config = Config(tau=0.9, hidden_sizes=(8, 9), plot=Path("p.png"))
-    values = json.loads(ciql_pybullet.SETTINGS.dump_json(config)) | {"seeds": [], "ray_address": None}
+class OtherPolicy(ciql_pybullet.GaussianPolicy):
+    '''Acts half as far.'''
+
+    def forward(self, observations):
+        return super().forward(observations) / 2
+"""
+
+
+@pytest.mark.slow
+def test_policy_of_another_class(lab, monkeypatch, capsys):
+    """Named in one place, it is trained, saved, loaded, sent to workers and evaluated."""
+    (lab / "other_policy.py").write_text(OTHER_POLICY)
+    import other_policy
+
+    def make_policy(observation_dim, action_dim, config):
+        return other_policy.OtherPolicy(observation_dim, action_dim, config.hidden_sizes)
+
+    monkeypatch.setattr(ciql_pybullet, "make_policy", make_policy)
+    folder, curve = train(Config(**LAB_SETTINGS))
+    policy = load_policy(folder)
+    assert type(policy).__name__ == "OtherPolicy"
+    assert np.abs([policy.act(np.full(3, x, np.float32)) for x in (-1e4, 1e4)]).max() <= 0.5
+    seeds = np.random.SeedSequence([0, 40]).generate_state(2).tolist()
+    assert PoolHere("lab:Lab-v0", 1).play(policy, seeds).tolist() == curve.returns[-1].tolist()
+
+
+def test_film(lab, pool_here, monkeypatch, capsys):
+    """Of the final policy, and again when it is evaluated; the evaluation is the same without."""
+    folder, curve = train(Config(**LAB_SETTINGS, film=True, name="run"))
+    film = (folder / "policy.gif").read_bytes()
+    assert film.startswith(b"GIF89a")
+    with Image.open(folder / "policy.gif") as images:
+        assert images.n_frames == 4  # of ten steps, every third
+    (folder / "policy.gif").unlink()
+    code, out, _ = run_main(monkeypatch, capsys, ["--evaluate", "runs/run", "--film"])
+    assert code == 0 and f"return {curve.returns[-1].mean():.1f} ± " in out
+    assert (folder / "policy.gif").read_bytes() == film
+
+
+# -------------------------------------------------------------------------------------- run folders
+def test_names_of_folders(tmp_path):
+    """They say what differs from the defaults; two of one second differ; a name is taken once."""
+    varied = Config(
+        dataset="my data.hdf5", alpha=0, clamp_advantage=False, hidden_sizes=(8, 9), seed=3
+    )
+    configs = (varied, varied, Config(), Config(name="mine"))
+    names = [ciql_pybullet.make_folder(config).name for config in configs]
+    assert names[0].startswith("my_data-alpha0-no-clamp_advantage-hidden_sizes8x9-seed3-20")
+    assert names[1].startswith("my_data-alpha0-") and names[1] != names[0]
+    assert names[2].startswith("halfcheetah-bullet-medium-v0-seed0-20")
+    assert names[3] == "mine"
+    with pytest.raises(ciql_pybullet.InputError, match="runs/mine is there already; take another"):
+        ciql_pybullet.make_folder(Config(name="mine"))
+
+
+def test_titles():
+    expected = {
+        Config(): "CIQL on halfcheetah-bullet-medium-v0\nseed0",
+        Config(alpha=0): "CIQL without penalty on halfcheetah-bullet-medium-v0\nalpha0, seed0",
+        Config(beta=0, dataset="a/mine.hdf5"): "behaviour cloning on mine\nbeta0, seed0",
+    }
+    for config, title in expected.items():
+        assert ciql_pybullet.title_of(config, "CIQL", "") == title
+    iql = Config(alpha=0, clamp_advantage=False)
+    assert ciql_pybullet.title_of(iql, "CIQL", "").startswith("IQL on ")
+    assert ciql_pybullet.title_of(Config(), "Idea", "re-collected after").startswith(
+        "Idea on halfcheetah-bullet-medium-v0 (re-collected, not the published file)\n"
+    )
+
+
+def test_settings_of_another_version_can_be_read():
+    """A setting that the run's version did not have takes its default, one gone is left out."""
+    config = Config(tau=0.9, hidden_sizes=(8, 9), plot="p.png")
+    values = dataclasses.asdict(config) | {"seeds": [], "ray_address": None}
     del values["threads"]
-    assert ciql_pybullet.SETTINGS.validate_json(json.dumps(values)) == config
+    assert ciql_pybullet.config_from_json(json.dumps(values)) == config
 
 
-LONG = [*HOPPER, "--eval-episodes", "1", "--max-steps", "600", "--eval-interval", "100", "--log-interval", "35"]
+# ----------------------------------------------------------------------------------------- resuming
+class OtherAgent(CIQL):
+    pass
 
 
-def parent_of(pid):
-    """The parent of a process; None if it is gone, or has ended and waits to be reaped."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
-    except OSError:
-        return None
-    return None if state == "Z" else int(parent)
+def test_resuming(lab, pool_here, monkeypatch, capsys):
+    """What may change, what is noted, and what is refused."""
 
+    def resume(*arguments):
+        return run_main(monkeypatch, capsys, ["--resume", "runs/run", *arguments])
 
-def children_of(pid):
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and parent_of(entry) == pid]
-
-
-def gone(pid):
-    """Wait for a process to end."""
-    for _ in range(100):
-        if parent_of(pid) is None:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
-def test_killed_and_stopped_runs_resume_to_the_same_bits(start, tmp_path, monkeypatch, capsys):
-    """SIGKILL at random moments, SIGINT and SIGTERM, against the run that was never stopped."""
-    rng = np.random.default_rng()
-    process = start(*LONG)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    whole = run_folder(tmp_path)
-
-    resume = LONG
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = start(*resume)
-        evaluations = 0
-        for line in process.stdout:  # once past a checkpoint ...
-            evaluations += "episodes  score" in line
-            if evaluations == (2 if number == signal.SIGKILL else 1):
-                break
-        time.sleep(rng.uniform(0, 0.3))  # ... at any moment
-        children = children_of(process.pid)
-        process.send_signal(number)
-        out, err = process.communicate()
-        assert process.returncode == code, (out, err)
-        assert number == signal.SIGKILL or err == ""
-        assert all(gone(child) for child in children)
-        if number != signal.SIGKILL:
-            assert "go on with --resume" in out
-        folder = run_folder(tmp_path, 1)
-        assert 0 < load_checkpoint(folder)["step"] < 600
-        resume = ["--resume", str(folder)]
-    process = start(*resume)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-
-    assert metrics(folder) == metrics(whole)
-    one, other = load_checkpoint(whole), load_checkpoint(folder)
-    for name in ("policy", "value", "critic", "target_critic"):
-        for key, weight in one["agent"][name].items():
-            assert torch.equal(weight, other["agent"][name][key]), (name, key)
-    for name in ("exp_avgs", "exp_avg_sqs", "adam_steps"):
-        assert all(torch.equal(a, b) for a, b in zip(one["agent"][name], other["agent"][name], strict=True))
-    assert torch.equal(one["random_state"], other["random_state"])
-
+    code, _, _ = run_main(monkeypatch, capsys, [*LAB_FLAGS, "--name", "run"])
+    assert code == 0
+    before = snapshot(lab)
+    code, out, err = resume()
+    assert (code, err) == (0, "")
+    assert "runs/run has all of its 40 steps: nothing is left" in out
     for arguments, cause in (
-        (["--tau", "0.9"], "tau 0.9 (was 0.8)"),
-        (["--max-steps", "100"], f"max_steps is 100, but {folder} is at step 600; raise it"),
-        (["--max-steps", "900"], "data.hdf5 is not the data that"),
+        (["--tau", "2"], "tau is 2.0, but must be in (0, 1)"),
+        (["--max-steps", "10"], "max_steps is 10, but runs/run is at step 40; raise it"),
+        (["--hidden-sizes", "9", "--max-steps", "50"], "networks of another size"),
+        (["--evaluate", "runs/run"], "resume and evaluate are both set"),
     ):
-        if "not the data" in cause:
-            hopper_file(tmp_path / "data.hdf5", rewards=np.zeros(132))
-        code, _, error = run_main(monkeypatch, capsys, ["--resume", str(folder), *arguments])
-        assert code == 2 and cause in error and error.count("\n") == 1
-    assert metrics(folder) == metrics(whole)
+        code, _, err = resume(*arguments)
+        assert code == 2 and cause in err and err.count("\n") == 1
+    assert snapshot(lab) == before
+
+    (lab / "elsewhere").mkdir()
+    shutil.move("data.hdf5", "elsewhere/same.hdf5")
+    code, out, _ = resume("--dataset", "elsewhere/same.hdf5", "--max-steps", "50", "--threads", "1")
+    assert code == 0 and "NOTE" not in out and "run    runs/run, from step 40\n" in out
+    changes = ["--tau", "0.9", "--no-clamp-advantage", "--max-steps", "60", "--eval-episodes", "1"]
+    code, out, _ = resume(*changes)
+    assert code == 0
+    assert "other settings: tau 0.9 (was 0.8), clamp_advantage False (was True)\n" in out
+    data = {"dataset": "elsewhere/same.hdf5"}
+    config = Config(**LAB_SETTINGS | {"max_steps": 70} | data, resume="runs/run")
+    with pytest.raises(ciql_pybullet.InputError, match="holds a CIQL, not a OtherAgent"):
+        train(config, make_agent=OtherAgent)
+    code, out, _ = resume("--policy-lr-decay", "--max-steps", "70")
+    assert code == 0 and "by the cosine over the new max_steps" in out
+    assert "policy_lr_decay True (was False)\n" in out
+
+    lab_file(lab / "elsewhere" / "same.hdf5", actions=np.zeros((31, 1)))
+    code, _, err = resume("--max-steps", "80")
+    assert code == 2 and "was trained on other data than elsewhere/same.hdf5; put those" in err
+    assert [row["step"] for row in metrics(lab / "runs/run")][-3:] == ["50", "60", "70"]
+    assert (lab / "runs/run/metrics.csv").read_text().count("step") == 2  # one head of the table
+
+
+def test_resumed_run_logs_one_figure_more(lab, pool_here, monkeypatch):
+    config = Config(**LAB_SETTINGS, name="run")
+    train(config)
+    losses = CIQL.losses
+
+    def with_reward(self, batch, *arguments):
+        loss, figures = losses(self, batch, *arguments)
+        return loss, figures | {"reward": batch.rewards.mean()}
+
+    monkeypatch.setattr(CIQL, "losses", with_reward)
+    train(dataclasses.replace(config, resume="runs/run", max_steps=60))
+    with open("runs/run/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["reward"]) for row in rows] == [False] * 4 + [True] * 2
+    assert all(None not in row and len(row) == len(rows[0]) for row in rows)
+    events = b"".join(path.read_bytes() for path in Path("runs/run").glob("events.*"))
+    assert b"training/reward" in events
+
+
+LONG = flags(
+    **LAB_SETTINGS | {"max_steps": 200, "eval_interval": 100, "log_interval": 10, "lr": 1e-3}
+)
+
+
+def wait_until_both_play(lab, process):
+    """Wait until two workers have begun an episode that was not begun before."""
+    marks = lab / "playing"
+    marks.unlink(missing_ok=True)
+    for _ in range(600):
+        if marks.exists() and len(set(marks.read_text().split())) == 2:
+            return
+        assert process.poll() is None
+        time.sleep(0.1)
+    pytest.fail("no evaluation in a minute")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+def test_stopped_and_killed_runs_resume_to_the_same_bits(lab, monkeypatch, capsys):
+    """Every signal, to the whole group of processes, against the run that was never stopped."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ciql_pybullet, "EvaluationPool", PoolHere)
+        code, _, _ = run_main(monkeypatch, capsys, [*LONG, "--name", "whole"])
+    assert code == 0
+    folder = lab / "runs" / "stopped"
+    monkeypatch.setenv("LAB_PAUSE", "0.05")
+
+    # in training: timeout's SIGTERM; nohup's SIGHUP is ignored
+    nohup = ["timeout", "300", "nohup"]
+    process = start(*LONG, "--name", "stopped", before=nohup, stdin=subprocess.DEVNULL)
+    with ended(process):
+        read_until(process, "step        10")
+        (script,) = children_of(process.pid)
+        workers = children_of(script)
+        os.kill(script, signal.SIGHUP)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)  # which timeout passes on, to the group as well
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 143 and "Traceback" not in err
+        assert "go on with --resume runs/stopped" in out
+        assert all(gone(child) for child in [script, *workers])
+    assert 10 <= load_checkpoint(folder)["progress"].step < 100
+
+    steps = []
+    for number, code, moment in (
+        (signal.SIGINT, 130, "first evaluation"),
+        (signal.SIGHUP, 129, "training"),
+        (signal.SIGUSR1, 138, "last evaluation"),
+        (signal.SIGKILL, -9, "last evaluation"),
+    ):
+        threads = "1" if moment == "training" else "2"
+        process = start("--resume", str(folder), "--threads", threads)
+        with ended(process):
+            if moment == "training":
+                read_until(process, "step       110")
+            else:
+                wait_until_both_play(lab, process)
+            children = children_of(process.pid)
+            os.killpg(process.pid, number)
+            out, err = process.communicate(timeout=30)
+            assert (process.returncode, err) == (code, "") or number == signal.SIGKILL
+            assert number == signal.SIGKILL or "go on with --resume" in out
+            assert all(gone(child) for child in children)
+        steps.append(load_checkpoint(folder)["progress"].step)
+    assert steps[0] == 100 and 110 <= steps[1] < 200 and steps[2:] == [200, 200]
+    monkeypatch.setattr(ciql_pybullet, "EvaluationPool", PoolHere)
+    code, _, _ = run_main(monkeypatch, capsys, ["--resume", str(folder)])
+    assert code == 0
+    assert_same_run(lab / "runs" / "whole", folder)
+
+
+@pytest.mark.slow
+def test_stopped_while_workers_import(lab):
+    """In silence, with nothing left behind."""
+    hopper_file(lab / "data.hdf5")  # of a robot that is known without asking them
+    process = start(*LAB_FLAGS, "--env-id", "HopperBulletEnv-v0")
+    with ended(process):
+        read_until(process, "data   data.hdf5")
+        children = children_of(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (130, "")
+        assert all(gone(child) for child in children)
+    assert not (lab / "runs").exists()
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+def test_run_survives_its_workers(lab, monkeypatch, capfd):
+    """SIGKILL of each of two workers, while they play and while they idle: the run goes on."""
+    monkeypatch.setenv("LAB_PAUSE", "0.05")
+    config = Config(**LAB_SETTINGS | {"max_steps": 80})
+    with monkeypatch.context() as patch:
+        patch.setattr(ciql_pybullet, "EvaluationPool", PoolHere)
+        whole, _ = train(dataclasses.replace(config, name="whole"))
+    killed = []
+    next_one = threading.Event()
+    marks = lab / "playing"
+
+    def kill(workers):
+        """The first of them, then the second, and so on."""
+        worker = sorted(workers)[len(killed) % 2]
+        os.kill(worker, signal.SIGKILL)
+        killed.append(worker)
+        assert gone(worker)
+
+    def players():
+        return {int(pid) for pid in marks.read_text().split()} if marks.exists() else set()
+
+    def kill_players():
+        for _ in range(2):
+            marks.unlink(missing_ok=True)
+            deadline = time.monotonic() + 60
+            while len(players()) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            kill(players())
+            next_one.wait(60)
+            next_one.clear()
+
+    def report(row, folder):
+        if row["step"] <= 40:
+            next_one.set()
+        else:  # idle now
+            workers = [pid for pid in children_of(os.getpid()) if "spawn_main" in command_of(pid)]
+            assert len(workers) == 2
+            kill(workers)
+
+    killer = threading.Thread(target=kill_players, daemon=True)
+    killer.start()
+    folder, _ = train(dataclasses.replace(config, name="killed"), report=report)
+    killer.join(60)
+    assert len(set(killed)) == 4
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.slow
+def test_run_whose_workers_die_again_and_again(lab, monkeypatch, capsys):
+    """Saved, one line, exit code 1; and it goes on from there once they live."""
+    (lab / "die").write_text("")
+    code, _, err = run_main(monkeypatch, capsys, [*LAB_FLAGS, "--name", "run"])
+    assert code == 1 and err.count("\n") == 1 and "worker processes die" in err
+    assert load_checkpoint("runs/run")["progress"].step == 20
+    (lab / "die").unlink()
+    monkeypatch.setattr(ciql_pybullet, "EvaluationPool", PoolHere)
+    for arguments in (["--resume", "runs/run"], [*LAB_FLAGS, "--name", "whole"]):
+        code, _, _ = run_main(monkeypatch, capsys, arguments)
+        assert code == 0
+    assert_same_run(lab / "runs" / "whole", lab / "runs" / "run")

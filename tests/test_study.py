@@ -1,10 +1,11 @@
-"""Studies: what runs they are made of, their statistics, and a cluster that loses a node."""
+"""Studies: what runs they are made of, their statistics, and how they stop, go on and grow."""
 
 import contextlib
 import csv
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,230 +18,487 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SAMPLE_ID, hopper_file, run_main
-from test_run import children_of, metrics
+from conftest import (
+    LAB_SETTINGS,
+    ROOT,
+    SAMPLE_ID,
+    children_of,
+    flags,
+    hopper_file,
+    lab_file,
+    metrics,
+    run_main,
+    snapshot,
+)
+from scipy import stats
 from torch.nn.utils import parameters_to_vector
 
-import ciql_pybullet
+import ciql_pybullet as ciql
 
 sys.path.insert(0, str(ROOT / "study"))
 import variants
 
 import study
-from study import iqm, with_interval
+from study import iqm_interval, mean_interval
 
-TINY = ["--device", "cpu", "--no-compile", "--hidden-sizes", "8", "--batch-size", "16", "--eval-episodes", "1"]
-HOPPER = ["--env-id", "HopperBulletEnv-v0", "--threads", "1", *TINY]
+TINY = flags(device="cpu", compile=False, hidden_sizes=(8,), batch_size=16, eval_episodes=1)
+HOPPER = ["--env-id", "HopperBulletEnv-v0", *TINY]
+LAB_SETTINGS = LAB_SETTINGS | {"eval_episodes": 1}
+LAB_FLAGS = flags(**LAB_SETTINGS)
+LAB = flags(**{name: LAB_SETTINGS[name] for name in LAB_SETTINGS if name != "dataset"})
+DATA = ["--datasets", "data.hdf5"]
 
 
-# -------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_intervals_hold(seeds):
+    """Of many simulated studies, 95 % of the intervals contain the truth, ± 2 %."""
+    rng = np.random.default_rng(seeds)
+    ability = rng.normal(0, 300, (seeds, 20_000))  # of a seed, for every method
+    first = 500 + ability + rng.normal(0, 50, ability.shape)
+    second = 530 + ability + rng.normal(0, 150, ability.shape)
+    elsewhere = rng.normal(40, 900, ability.shape)  # another data set, of another spread
+    for samples, truth in (
+        (first, 500),
+        (second - first, 30),
+        ((second + elsewhere) / 2, 285),
+    ):
+        _, low, high = mean_interval(pd.DataFrame(samples))
+        assert abs(((low < truth) & (truth < high)).mean() - 0.95) < 0.02
 
 
-def test_iqm():
+def test_intervals_are_those_of_scipy():
+    """Of a column, of a curve, of groups; a single seed has none."""
     rng = np.random.default_rng(0)
-    for n, cut in ((3, 0), (4, 1), (7, 1), (8, 2), (10, 2)):
-        values = rng.normal(size=(n, 5))
-        expected = np.sort(values, 0)[cut : n - cut].mean(0)
-        assert np.allclose(iqm(values, axis=0), expected)
-
-
-def every_resample(values):
-    return [np.array(sample) for sample in itertools.product(values, repeat=len(values))]
-
-
-@pytest.mark.parametrize("statistic", [np.mean, np.median])
-def test_interval_is_of_the_stratified_bootstrap(statistic):
-    """Against the bootstrap's exact distribution, by enumeration: seeds are resampled within each data set only."""
-    strata = [np.array([1.0, 2.0, 6.0, 7.5]), np.array([110.0, 100.0, 103.0])]
-    value, low, high = with_interval(strata, statistic)
-    both = itertools.product(*map(every_resample, strata))
-    exact = np.percentile([statistic(np.concatenate(samples)) for samples in both], [2.5, 97.5])
-    assert value == statistic(np.concatenate(strata))
-    spread = np.ptp(exact)
-    assert abs(low - exact[0]) < 0.08 * spread and abs(high - exact[1]) < 0.08 * spread
-
-
-def test_intervals_of_a_curve_are_those_of_its_points():
-    returns = np.random.default_rng(0).normal(size=(5, 3))  # seeds, evaluations
-    value, low, high = with_interval([returns], np.mean)
-    for e in range(3):
-        exact = np.percentile([sample.mean() for sample in every_resample(returns[:, e])], [2.5, 97.5])
-        assert value[e] == pytest.approx(returns[:, e].mean())
-        assert np.allclose([low[e], high[e]], exact, atol=0.1 * np.ptp(exact))
-
-
-def test_one_seed_has_no_interval():
-    value, low, high = with_interval([np.array([3.0])], np.mean)
+    returns = pd.DataFrame(rng.normal(size=(5, 3)), columns=[10, 20, 30])
+    curve = mean_interval(returns)
+    for step in returns:
+        expected = stats.ttest_1samp(returns[step], 0).confidence_interval()
+        alone = mean_interval(returns[step])
+        grouped = mean_interval(returns[step].groupby([1, 1, 1, 1, 1]))
+        assert np.allclose([alone.low, alone.high], expected)
+        assert np.allclose([curve.low[step], curve.high[step]], expected)
+        assert np.allclose([grouped.low[1], grouped.high[1]], expected)
+    value, low, high = mean_interval(pd.Series([3.0]))
     assert value == 3 and np.isnan(low) and np.isnan(high)
+    assert str(mean_interval(pd.Series([0.0, 0.0]))) == "0.0 [0.0, 0.0]"
 
 
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def test_interquartile_mean():
+    """Its interval resamples seeds within each data set, and so is blind to how these differ."""
+    rng = np.random.default_rng(0)
+    figures = pd.DataFrame(rng.normal(size=(8, 2)))
+    value, low, high = iqm_interval(figures)
+    assert value == pytest.approx(np.sort(figures.to_numpy().flatten())[4:12].mean())
+    assert low < value < high
+
+    apart = figures + [0, 1000]
+    _, low, high = iqm_interval(apart)
+    assert high - low < 2
+
+
+def summary_of(returns, dataset="hopper-bullet-medium-v0"):
+    """Rows of summary.csv and curves.csv: ``returns`` by label, a figure per seed."""
+    own = {"dataset": dataset, "env_id": "HopperBulletEnv-v0", "data_return": 800.0}
+    summary = []
+    curves = []
+    for label, values in returns.items():
+        for seed, value in enumerate(values):
+            run = own | {"label": label, "seed": seed}
+            score = ciql.ROBOTS["HopperBulletEnv-v0"].score(value)
+            complete = {"state": "complete", "final_return": value, "score": score, "error": ""}
+            summary.append(run | complete)
+            for step in (10, 20):
+                curves.append(run | {"step": step, "return_mean": value + step})
+    return summary, curves
+
+
+def write_tables(folder, summary, curves):
+    pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
+    pd.DataFrame(curves).to_csv(folder / "curves.csv", index=False)
 
 
 def test_summarize_pairs_the_seeds(tmp_path, capsys):
-    """The difference is of runs of the same seed: its interval is narrow where seeds differ more than settings do."""
-    returns = {"alpha=0": [100.0, 500.0, 900.0], "alpha=1": [111.0, 510.0, 912.0]}
-    common = {"dataset": "hopper-bullet-medium-v0", "env_id": "HopperBulletEnv-v0", "data_return": 800.0}
-    summary, curves = [], []
-    for label, values in returns.items():
-        for seed, value in enumerate(values):
-            own = common | {"label": label, "seed": seed}
-            score = 100 * (value - 18.6) / (2500 - 18.6)
-            summary.append(
-                own | {"state": "complete", "final_return": value, "score": score, "folder": "", "error": ""}
-            )
-            curves += [own | {"step": step, "return_mean": value + step} for step in (10, 20)]
-    failed = common | {"label": "alpha=1", "seed": 3, "state": "failed", "folder": "a-run", "error": "its error"}
-    pd.DataFrame([*summary, failed]).to_csv(tmp_path / "summary.csv", index=False)
-    pd.DataFrame(curves).to_csv(tmp_path / "curves.csv", index=False)
+    """A difference is of runs of the same seed: narrow where seeds differ more than methods do."""
+    summary, curves = summary_of({"alpha=0": [100.0, 500.0, 900.0], "alpha=1": [111, 510, 912]})
+    failed = {
+        "label": "alpha=1",
+        "dataset": "d",
+        "seed": 3,
+        "state": "failed",
+        "error": "its error",
+    }
+    write_tables(tmp_path, [*summary, failed], curves)
     study.summarize(tmp_path)
     out = capsys.readouterr().out
-    assert re.search(r"^alpha=0 +3 +500\.0 \[100\.0, 900\.0\] ", out, re.MULTILINE)
-    assert re.search(r"^alpha=1 +3 +511\.0 \[111\.0, 912\.0\] .* 11\.0 \[10\.\d, 12\.0\]$", out, re.MULTILINE)
-    assert "FAILED a-run: its error" in out
+    assert re.search(r"^alpha=0 +3 +500\.0 \[-493\.7, 1493\.7\] *$", out, re.MULTILINE)
+    pattern = r"^alpha=1 +3 +511\.0 \[-483\.9, 1505\.9\] +11\.0 \[8\.5, 13\.5\]$"
+    assert re.search(pattern, out, re.MULTILINE)
+    assert "FAILED d, alpha=1, seed 3: its error" in out
+    assert "interquartile" not in out
     for picture in ("study_returns.png", "study_scores.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-# ----------------------------------------------------------------------------------------- what it is made of
+def test_summarize_several_data_sets(tmp_path, capsys):
+    """Scores count by their mean per seed, for methods that ran on all; from 8 seeds on IQMs."""
+    rng = np.random.default_rng(0)
+    one, curves = summary_of({"a": rng.normal(size=8), "b": rng.normal(size=8), "c": [1.0]}, "one")
+    two, more = summary_of({"a": rng.normal(size=8), "b": rng.normal(size=9)}, "two")
+    write_tables(tmp_path, one + two, curves + more)
+    study.summarize(tmp_path)
+    out = capsys.readouterr().out
+    pooled = out[out.index("all data sets, score") :]
+    scores = pd.DataFrame(one + two).query("label == 'b' and seed < 8").groupby("seed")["score"]
+    value, low, high = mean_interval(scores.mean())
+    expected = re.escape(f"{value:.1f} [{low:.1f}, {high:.1f}]")
+    assert re.search(rf"^b +16 +{expected}", pooled, re.MULTILINE)
+    assert "interquartile mean" in pooled and not re.search("^c ", pooled, re.MULTILINE)
 
 
+def test_no_score_without_references(tmp_path, capsys):
+    summary, curves = summary_of({"CIQL": [1.0, 2.0]})
+    for row in summary:
+        row.update(score=None, env_id="lab:Lab-v0", data_return=None)
+    write_tables(tmp_path, summary, curves)
+    study.summarize(tmp_path)
+    assert re.search(r"^CIQL +2 +1\.5 \[-4\.9, 7\.9\]", capsys.readouterr().out, re.MULTILINE)
+    assert (tmp_path / "study_returns.png").exists()
+    assert not (tmp_path / "study_scores.png").exists()
+
+
+# ------------------------------------------------------------------------------- what it is made of
 def test_grid():
-    """Data sets x settings x seeds; settings with a comma between them vary together."""
-    flags = ["--datasets", SAMPLE_ID, "my.hdf5", "--env-id", "HopperBulletEnv-v0", "--seeds", "3", "4", "--lr", "0.1"]
-    _, runs = study.parse([*flags, "--grid", "alpha,beta", "0,3", "1,1", "--grid", "hidden_sizes", "8 9"])
-    assert len(runs) == 2 * 2 * 2
-    for run, (dataset, (alpha, beta), seed) in zip(
-        runs.values(), itertools.product((SAMPLE_ID, "my"), ((0, 3), (1, 1)), (3, 4)), strict=True
-    ):
-        config = study.ciql.SETTINGS.validate_json(run["settings"])
-        assert (config.alpha, config.beta, config.seed, config.lr) == (alpha, beta, seed, 0.1)
-        assert config.hidden_sizes == (8, 9) and config.threads == 1
-        assert run["dataset"] == dataset and Path(config.dataset).stem == dataset
-        assert config.robot.env_id == ("HopperBulletEnv-v0" if dataset == "my" else "HalfCheetahBulletEnv-v0")
+    """Data sets x variants x settings x seeds; settings with a comma between vary together."""
+    command = [
+        "--datasets",
+        SAMPLE_ID,
+        "m#y\n.hdf5",
+        "--env-id",
+        "HopperBulletEnv-v0",
+        "--lr",
+        "0.1",
+    ]
+    command += ["--seeds", "3", "4", "--variants", "CIQL", "RawObservations"]
+    command += ["--grid", "alpha,clamp_advantage", "0,False", "1,True"]
+    command += ["--grid", "hidden_sizes", "8 9", "--grid", "min_log_std", "-5"]
+    _, runs = study.parse(command)
+    cells = [(0, False), (1, True)]
+    axes = itertools.product((SAMPLE_ID, "m#y\n"), ("CIQL", "RawObservations"), cells, (3, 4))
+    for run, (dataset, variant, (alpha, clamp), seed) in zip(runs.values(), axes, strict=True):
+        config = run.config
+        assert (config.alpha, config.clamp_advantage, config.seed) == (alpha, clamp, seed)
+        assert (config.lr, config.hidden_sizes, config.threads) == (0.1, (8, 9), 1)
+        assert (run.dataset, run.variant) == (dataset, variant)
+        assert Path(config.dataset).stem == dataset
+        assert config.env_id == ("" if dataset == SAMPLE_ID else "HopperBulletEnv-v0")
+        assert re.fullmatch(r"[\w.+-]+", run.name)
+        label = f"alpha={alpha} clamp_advantage={clamp} hidden_sizes=8 9 min_log_std=-5"
+        assert run.label == ("" if variant == "CIQL" else f"{variant} ") + label
+    assert len(runs) == 2 * 2 * 2 * 2
+
+
+def no_ray(monkeypatch):
+    monkeypatch.setattr(study, "start_ray", lambda address: pytest.fail("started"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--grid", "alfa", "0", "1"], "--alfa"),
-        (["--grid", "alpha", "0", "-1"], "alpha must be greater than or equal to 0"),
+        (["--grid", "alpha", "0", "-1"], "alpha is -1.0, but must be in [0, inf)"),
         (["--grid", "alpha"], "--grid alpha needs values"),
-        (["--grid", "alpha,beta", "0", "1"], "--grid alpha,beta needs values"),
-        (["--seeds", "0", "1", "0"], "two runs of the study are the same"),
-        (["--seeds", "0", "-1"], "seed must be greater"),
-        (["--seeds"], "--seeds"),
-        (["--datasets", "mine.hdf5"], "an .hdf5 file, with env_id"),
-        (["--datasets", "not-there.hdf5", "--env-id", "HopperBulletEnv-v0"], "not-there.hdf5: cannot be read"),
-        (["--datasets", "hopper-bullet"], "dataset is hopper-bullet"),
-        (["--study", "a_file/s", "--datasets", "good.hdf5", *HOPPER], "a_file"),
-        (["--evaluate", "nothing"], "nothing/config.json"),
-        (["--summarize", "nothing"], "nothing cannot be summarised"),
-        (["--no-such-setting", "1"], "--no-such-setting"),
+        (["--grid"], "--grid needs values"),
+        (["--grid", "alpha,beta", "0,1", "1"], "--grid alpha,beta 0,1 1 needs values"),
+        (["--seeds", "0", "1", "0"], "two runs of the study are"),
+        (["--seeds", "0", "-1"], "seed is -1"),
+        (["--seeds"], "the study has no runs"),
+        (["--seed", "3"], "--seed is of single runs; use --datasets, --seeds, --study"),
+        (["--dataset", "good.hdf5"], "--dataset is of single runs"),
+        (["--variants", "CIQL", "Mine"], "Mine is none of the variants CIQL, AveragedPolicy"),
+        (["--gpu-share", "2"], "gpu_share is 2.0"),
+        (["--datasets", "mine.hdf5"], "which environment? Set env_id"),
+        (
+            ["--datasets", "none.hdf5", "--env-id", "HopperBulletEnv-v0"],
+            "none.hdf5: cannot be read",
+        ),
+        (["--datasets", "hopper-bullet"], "hopper-bullet, but must be an .hdf5 file"),
+        (["--datasets", "\udcff.hdf5", *HOPPER], "is not UTF-8, which Ray needs; rename it"),
+        (["--study", "a_file/s", "--datasets", "good.hdf5", *HOPPER], "name another --study"),
+        (["--study", "old", "--datasets", "good.hdf5", *HOPPER], "is of another version"),
+        (["--evaluate", "nothing"], "nothing is not there"),
+        (["--summarize", "nothing"], "name a study's folder"),
     ],
 )
 def test_bad_study(monkeypatch, capsys, tmp_path, arguments, named):
-    """One line, exit code 2, before anything starts."""
+    """One line, exit code 2, before anything starts; nothing is left behind."""
     (tmp_path / "a_file").write_text("")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "study.json").write_text('{"a-run": {"settings": "{}"}}')
+    (tmp_path / "old" / ".lock").write_text("")
     hopper_file(tmp_path / "good.hdf5")
-    monkeypatch.setattr(study, "start_ray", lambda own: pytest.fail("started"))
+    no_ray(monkeypatch)
+    before = snapshot(tmp_path)
     code, _, error = run_main(monkeypatch, capsys, arguments, study.main)
     assert (code, error.count("\n")) == (2, 1) and named in error
+    assert snapshot(tmp_path) == before
 
 
-# -------------------------------------------------------------------------------------------------- variants
+@pytest.mark.parametrize("arguments", [["--grid", "alfa", "0", "1"], ["--seeds", "a"], ["--no-x"]])
+def test_flags_that_are_none(monkeypatch, capsys, arguments):
+    code, _, error = run_main(monkeypatch, capsys, arguments, study.main)
+    assert code == 2 and "Traceback" not in error
 
 
-def steps_of(kind, n=10):
-    """The policy's weights before and after each of n steps of a small agent."""
+NODES = [
+    {"Alive": True, "Resources": {"CPU": 2.0}},
+    {"Alive": True, "Resources": {"CPU": 4.0}},
+    {"Alive": False, "Resources": {"CPU": 64.0}},
+]
+
+
+def test_threads(monkeypatch, capsys, tmp_path):
+    """Each run has its own; 0 is the largest node's, and more than those are refused."""
+    hopper_file(tmp_path / "data.hdf5")
+    monkeypatch.setattr(study.ray, "nodes", lambda: NODES)
+    _, runs = study.parse([*DATA, *HOPPER, "--grid", "threads", "0", "1", "4"])
+    study.set_threads(runs)
+    assert [run.config.threads for run in runs.values()] == [4, 1, 4]
+
+    monkeypatch.setattr(study, "start_ray", lambda address: None)
+    command = [*DATA, *HOPPER, "--threads", "5", "--study", "s"]
+    code, _, error = run_main(monkeypatch, capsys, command, study.main)
+    assert (code, error) == (2, "study: threads is 5, but the largest node has 4 cores; lower it\n")
+    assert not (tmp_path / "s").exists()
+
+
+def test_each_run_has_its_own_resources(monkeypatch):
+    """As Tune is told: threads of the run, a share of a GPU where there is one and it is wanted."""
+    told = {}
+    monkeypatch.setattr(study.ray, "cluster_resources", lambda: {"CPU": 4, "GPU": 1})
+    monkeypatch.setattr(study.tune, "with_parameters", lambda function, **others: function)
+    monkeypatch.setattr(study.tune, "with_resources", lambda _, resources: resources)
+
+    class Tuner:
+        def __init__(self, resources, param_space, **others):
+            for name in param_space["run"]["grid_search"]:
+                told[name] = resources({"run": name}).bundles
+
+        def fit(self):
+            return []
+
+    monkeypatch.setattr(study.tune, "Tuner", Tuner)
+    _, runs = study.parse([*DATA, "--grid", "threads,device", "1,cpu", "2,cuda"])
+    study.train_runs(runs, 0.5)
+    assert list(told.values()) == [[{"CPU": 1}], [{"CPU": 2, "GPU": 0.5}]]
+
+
+@pytest.fixture
+def trained(lab, pool_here, monkeypatch, capsys):
+    """A folder where a run has been trained, in a study's layout, as an earlier command left it."""
+    assert run_main(monkeypatch, capsys, [*LAB_FLAGS, "--out-dir", "one"])[0] == 0
+    (folder,) = (lab / "one").iterdir()
+    place = lab / "s" / "tune-20260101-000000" / "data-seed0" / "checkpoint_000001"
+    shutil.copytree(folder, place / folder.name)
+    return lab
+
+
+def test_the_newest_checkpoint_that_is_whole(trained):
+    """One that was being written when all was killed is passed over."""
+    _, runs = study.parse([*DATA, *LAB, "--study", "s", "--seeds", "0", "1"])
+    (saved,) = study.find_saved(runs).values()
+    torn = trained / "s" / "tune-20260102-000000" / "data-seed0" / "checkpoint_000000" / "x"
+    torn.mkdir(parents=True)
+    (torn / "checkpoint.pt").write_bytes(Path(saved.folder, "checkpoint.pt").read_bytes()[:999])
+    assert study.find_saved(runs)["data-seed0"].folder == saved.folder
+    states = [study.state_of(run, {"data-seed0": saved}) for run in runs.values()]
+    assert states == ["complete", "incomplete"]
+
+
+def test_what_is_complete_needs_no_ray(trained, monkeypatch, capsys):
+    """Its figures are of the last ten evaluations; a command that would alter it is refused."""
+    no_ray(monkeypatch)
+    command = [*DATA, *LAB, "--study", "s"]
+    code, out, error = run_main(monkeypatch, capsys, command, study.main)
+    assert code == 0, error
+    assert "study  1 runs, 0 of them to train" in out
+    (row,) = rows_of(trained / "s" / "summary.csv")
+    rows = metrics(trained / "s" / row["folder"])
+    returns = [float(row["return_mean"]) for row in rows if row["return_mean"]]
+    assert float(row["final_return"]) == pytest.approx(np.mean(returns))
+    assert float(row["clamp_open_steps"]) == sum(10 * float(row["clamp_open"]) for row in rows)
+    assert (row["score"], row["state"], row["label"]) == ("", "complete", "CIQL")
+
+    before = snapshot(trained)
+    for changed in (["--lr", "0.1"], ["--storage", "elsewhere"], ["--max-steps", "80"]):
+        code, _, error = run_main(monkeypatch, capsys, [*command, *changed], study.main)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "data-seed0 is there already, with " in error
+        assert snapshot(trained) == before
+    lab_file(trained / "data.hdf5", rewards=np.arange(31) % 11 != 0)
+    code, _, error = run_main(monkeypatch, capsys, command, study.main)
+    assert code == 2 and "data-seed0 is there already, with data of mean return" in error
+
+
+def test_a_study_that_another_process_works_on(trained, monkeypatch, capsys):
+    with study.only_process(trained / "s"):
+        code, _, error = run_main(monkeypatch, capsys, [*DATA, *LAB, "--study", "s"], study.main)
+    assert (code, error.count("\n")) == (2, 1) and "another process works on" in error
+
+
+def test_steps_with_an_open_clamp():
+    rows = [{"step": 10, "clamp_open": 0.5}, {"step": 15, "return_mean": 1.0}]
+    rows.append({"step": 30, "clamp_open": 0.1})
+    progress = ciql.Progress(rows=rows, sums={"clamp_open": torch.tensor(3.0)})
+    assert study.clamp_open_steps(progress) == 5 + 2 + 3
+    assert study.clamp_open_steps(ciql.Progress(rows=[{"step": 5.0}])) == 0
+
+
+# ----------------------------------------------------------------------------------------- variants
+def agent_of(kind, **settings):
     torch.manual_seed(0)
-    agent = kind(4, 2, ciql_pybullet.Config(device="cpu", hidden_sizes=(8,), batch_size=16, max_steps=n))
-    data = ciql_pybullet.Transitions(*(torch.randn(50, *size) for size in ((4,), (2,), (), (4,), ())))
-    history = [parameters_to_vector(agent.policy.parameters()).detach().clone()]
-    for _ in range(n):
-        agent.step(data)
-        history.append(parameters_to_vector(agent.policy.parameters()).detach().clone())
-    return agent, torch.stack(history)
+    config = ciql.Config(device="cpu", hidden_sizes=(8,), batch_size=16, num_neg=3, **settings)
+    return kind(4, 2, config)
 
 
-def test_falling_policy_rate():
-    """Of the policy alone: the first step is nearly the plain one, the last one is none."""
-    agent, plain = steps_of(ciql_pybullet.CIQL)
-    other, falling = steps_of(variants.FallingPolicyRate)
-    lengths = falling.diff(dim=0).norm(dim=1)
-    assert lengths[0] / plain.diff(dim=0).norm(dim=1)[0] == pytest.approx((1 + np.cos(0.1 * np.pi)) / 2, rel=1e-3)
-    assert lengths[9] == 0
-    for one, same in zip(agent.critic.parameters(), other.critic.parameters(), strict=True):
-        assert torch.equal(one, same)
+def some_data(n=50):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4,), (2,), (), (4,), ())
+    return ciql.Transitions(*(torch.randn(n, *size, generator=generator) for size in sizes))
+
+
+def test_variants_by_name():
+    for name, kind in variants.VARIANTS.items():
+        assert kind.__name__ == name and issubclass(kind, ciql.CIQL)
 
 
 def test_averaged_policy():
-    agent, history = steps_of(variants.AveragedPolicy)
-    expected = history[0]
-    for weights in history[1:]:
+    """It plays the running mean of the weights, and a resumed run goes on with it."""
+    agent = agent_of(variants.AveragedPolicy)
+    prepared = agent.prepare(some_data())
+    expected = parameters_to_vector(agent.policy.parameters()).detach().clone()
+    for _ in range(10):
+        agent.update(prepared)
+        weights = parameters_to_vector(agent.policy.parameters()).detach()
         expected = expected + 0.001 * (weights - expected)
-    torch.testing.assert_close(parameters_to_vector(agent.average.parameters()), expected, rtol=1e-5, atol=1e-7)
+    played = agent.evaluated_policy()
+    average = parameters_to_vector(played.parameters())
+    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(played.observation_mean, agent.policy.observation_mean)
+
+    resumed = agent_of(variants.AveragedPolicy)
+    resumed.prepare(some_data())
+    resumed.load_state_dict(agent.state_dict())
+    again = parameters_to_vector(resumed.evaluated_policy().parameters())
+    assert torch.equal(again, average)
 
 
-def test_shifted_rewards(tmp_path):
-    rows, _ = ciql_pybullet.read_rows(hopper_file(tmp_path / "data.hdf5"))
-    shifted = variants.shifted_rewards(rows).rewards.numpy()
-    start = np.flatnonzero(rows["terminals"][:-1] == 0)
-    assert np.array_equal(shifted, rows["rewards"][start])
-    assert not np.array_equal(shifted, ciql_pybullet.read_transitions(rows).rewards)
+def test_raw_observations():
+    agent = agent_of(variants.RawObservations)
+    data = some_data()
+    assert torch.equal(agent.prepare(data).observations, data.observations)
+    observation = data.observations[0]
+    action = agent.policy(observation).detach()
+    assert np.array_equal(agent.policy.act(observation.numpy()), action.numpy())
 
 
-# ------------------------------------------------------------------------------------------------- with Ray
+def test_shifted_rewards():
+    data = some_data()
+    shifted = agent_of(variants.ShiftedRewards).prepare(data)
+    plain = agent_of(ciql.CIQL).prepare(data)
+    assert torch.equal(shifted.rewards[1:], data.rewards[:-1])
+    assert torch.equal(shifted.observations, plain.observations)
 
 
-def run_study(tmp_path, *arguments):
-    """Run a study as a user does: exit code, stdout and stderr."""
+def test_penalty_per_state():
+    """It is the mean over states of each one's ReLU, and acts where the batch's mean does not."""
+    agent = agent_of(variants.PenaltyPerState, alpha=2.0)
+    data = some_data(16)
+    off_data = torch.rand(16, 3, 2) * 2 - 1
+    loss, metrics = agent.losses(data, off_data, False)
+    base, _ = agent_of(ciql.CIQL, alpha=2.0).losses(data, off_data, False)
+    expected = 0.0
+    for n in range(16):
+        state = data.observations[n : n + 1]
+        on = torch.stack(agent.critic(state, data.actions[n : n + 1]))[:, 0]
+        off = torch.stack(agent.critic(state.expand(3, -1), off_data[n])).mean(1)
+        expected += (off - on).clamp(min=0).sum().item() / 16
+    assert metrics["penalty"].item() == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert (loss - base).item() == pytest.approx(2 * expected, rel=1e-4)
+
+    plain = agent_of(variants.PenaltyPerState, alpha=0.0).losses(data, off_data[:, :0], False)
+    assert plain[1]["penalty"] == 0
+
+
+# ----------------------------------------------------------------------------------------- with Ray
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def start_study(*arguments):
+    """Start a study as a user does, in a process group of its own."""
     command = [sys.executable, ROOT / "study" / "study.py", *arguments]
-    run = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
-    return run.returncode, run.stdout, run.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **pipes)
 
 
-def run_folder_of(tmp_path, name):
-    (folder,) = tmp_path.glob(f"s/tune/{name}/checkpoint_*/*/")
-    return folder
+def run_study(*arguments):
+    process = start_study(*arguments)
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
 
 
-def test_a_failing_run_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
-    """It is named with its error; what is complete is not done twice; a run is what it is alone, to the bit."""
-    hopper_file(tmp_path / "good.hdf5")
-    hopper_file(tmp_path / "bad.hdf5", rewards=np.full(132, 1e30))  # whose squares are infinite
-    short = [*HOPPER, "--eval-interval", "20", "--log-interval", "5", "--max-steps", "40"]
-    command = [*short, "--datasets", "bad.hdf5", "good.hdf5", "--grid", "tau", "0.7", "0.9", "--study", "s"]
-    code, out, err = run_study(tmp_path, *command)
-    assert code == 1, out + err
-    error = "a loss or weight became NaN or infinite up to step 5; lower lr"
-    assert f"FAILED tune/bad-tau0.7-seed0: {error}" in out and f"FAILED tune/bad-tau0.9-seed0: {error}" in out
-    summary = rows_of(tmp_path / "s" / "summary.csv")
-    assert [(row["dataset"], row["tau"], row["state"]) for row in summary] == [
-        ("bad", "0.7", "failed"), ("bad", "0.9", "failed"), ("good", "0.7", "complete"), ("good", "0.9", "complete"),
-    ]  # fmt: skip
+@pytest.mark.slow
+def test_a_study_stops_goes_on_and_grows(lab, monkeypatch, capsys, pool_here):
+    """Ctrl-C while a run waits for a core; then a data set fails; then a new variant and seed.
 
-    single = [*short, "--dataset", "good.hdf5", "--tau", "0.9"]
+    What is complete is not done again, and a run is what it is alone, to the bit.
+    """
+    lab_file(lab / "bad.hdf5", rewards=1e30 * (np.arange(31) % 11 != 0))
+    settings = [*LAB, "--max-steps", "200", "--storage", "st", "--study", "s"]
+    command = ["--datasets", "data.hdf5", "bad.hdf5", *settings]
+
+    monkeypatch.setenv("LAB_PAUSE", "0.1")
+    process = start_study(*command, "--threads", "0")  # of which one runs at a time
+    for line in process.stdout:
+        if "data-seed0 at step 40" in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    out, error = process.communicate(timeout=100)
+    assert (process.returncode, error) == (130, "")
+    assert "stopped; go on with the same command" in out
+    stopped, waiting = rows_of(lab / "s" / "summary.csv")
+    assert stopped["state"] == waiting["state"] == "incomplete"
+    assert 40 <= int(stopped["step"]) < 200 and waiting["step"] == "0"
+
+    monkeypatch.setenv("LAB_PAUSE", "0")
+    code, out, error = run_study(*command, "--threads", "1")
+    assert (code, error) == (1, "")
+    assert "╭" not in out and "Trial" not in out  # no tables of Ray's
+    assert re.search("^FAILED bad, CIQL, seed 0: .* NaN or infinite", out, re.MULTILINE)
+    complete, failed = rows_of(lab / "s" / "summary.csv")
+    assert (complete["state"], failed["state"]) == ("complete", "failed")
+    before = snapshot(Path(complete["folder"]))
+    _, log = sorted((lab / "st" / "s").glob("tune-*/data-seed0/log.txt"))
+    assert f"from step {stopped['step']}" in log.read_text()
+    assert "train:" not in log.read_text()  # no progress bar
+
+    new = ["--datasets", "data.hdf5", "--variants", "AveragedPolicy", "--seeds", "1"]
+    code, out, error = run_study(*new, *settings)
+    assert (code, error) == (0, "")
+    assert "study  1 runs, 1 of them to train" in out
+    rows = rows_of(lab / "s" / "summary.csv")
+    assert [row["state"] for row in rows] == ["complete", "failed", "complete"]
+    assert rows[0] == complete and snapshot(Path(complete["folder"])) == before
+
+    single = [*LAB_FLAGS, "--max-steps", "200"]
     assert run_main(monkeypatch, capsys, single)[0] == 0
-    (alone,) = (tmp_path / "runs").iterdir()
-    assert metrics(alone) == metrics(run_folder_of(tmp_path, "good-tau0.9-seed0"))
-    evaluated = [float(row["return_mean"]) for row in metrics(alone) if row["return_mean"]]
-    assert float(summary[3]["final_return"]) == pytest.approx(np.mean(evaluated), abs=1e-9)
-    assert float(summary[3]["score"]) == pytest.approx(100 * (np.mean(evaluated) - 18.6) / (2500 - 18.6), abs=1e-9)
-    curves = [row for row in rows_of(tmp_path / "s" / "curves.csv") if row["label"] == "tau=0.9"]
-    assert [float(row["return_mean"]) for row in curves if row["dataset"] == "good"] == evaluated
-
-    log = (tmp_path / "s" / "tune" / "good-tau0.9-seed0" / "log.txt").read_text()
-    assert "return" in log and "train:" not in log  # no progress bar
-
-    before = run_folder_of(tmp_path, "good-tau0.9-seed0").stat()
-    code, again, _ = run_study(tmp_path, *command)
-    assert code == 1 and "good, return" in again
-    assert run_folder_of(tmp_path, "good-tau0.9-seed0").stat() == before
-    code, _, err = run_study(tmp_path, *command, "--lr", "0.1")
-    assert (code, err.count("\n")) == (2, 1) and "other settings or data" in err
+    (alone,) = (lab / "runs").iterdir()
+    assert metrics(alone) == metrics(Path(complete["folder"]))
+    returns = [row["return_mean"] for row in metrics(alone) if row["return_mean"]]
+    curves = rows_of(lab / "s" / "curves.csv")
+    curve = [row["return_mean"] for row in curves if row["label"] == "CIQL"]
+    assert np.array_equal(np.array(curve, float), np.array(returns, float))
 
 
 def free_port():
@@ -260,16 +518,18 @@ def wait_for(condition, seconds=90):
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """A Ray cluster of two nodes, a core each: its address, and the process of the second node."""
-    for name, value in {"AUTH_MODE": "token", "AUTH_TOKEN": uuid.uuid4().hex, "USAGE_STATS_ENABLED": "0"}.items():
-        monkeypatch.setenv(f"RAY_{name}", value)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     port = free_port()
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block"]
-    own = (["--head", "--include-dashboard=false", f"--port={port}"], [f"--address=127.0.0.1:{port}"])
+    head = ["--head", "--include-dashboard=false", f"--port={port}"]
     nodes = []
-    for n, arguments in enumerate(own):
-        with open(tmp_path.parent / f"node{n}.txt", "w") as log:
+    for n, arguments in enumerate((head, [f"--address=127.0.0.1:{port}"])):
+        path = tmp_path.parent / f"node{n}.txt"
+        with open(path, "w") as log:
             nodes.append(subprocess.Popen([*ray, *arguments], cwd="/", stdout=log, stderr=log))
-        wait_for(lambda n=n: "Ray runtime started" in (tmp_path.parent / f"node{n}.txt").read_text())
+        wait_for(lambda path=path: "Ray runtime started" in path.read_text())
     yield f"127.0.0.1:{port}", nodes[1]
     for node in reversed(nodes):
         node.terminate()
@@ -287,31 +547,35 @@ def working_in(pid):
     return Path()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
-def test_a_cluster_loses_a_node(cluster, monkeypatch, capsys, tmp_path):
-    """2 settings x 2 seeds on two nodes; a raylet is killed on the way, and its run goes on from its checkpoint."""
+def test_a_cluster_loses_a_node(lab, cluster, monkeypatch, capsys, pool_here):
+    """Two runs on two nodes; a raylet is killed on the way, and its run goes on elsewhere."""
     address, second = cluster
-    hopper_file(tmp_path / "a.hdf5")
-    short = [*HOPPER, "--max-steps", "3000", "--eval-interval", "1000", "--log-interval", "500"]
-    arguments = ["--datasets", "a.hdf5", "--grid", "alpha", "0", "1", "--seeds", "0", "1", "--study", "s"]
-    command = [sys.executable, ROOT / "study" / "study.py", *short, *arguments, "--ray-address", address]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    driver = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    settings = [*LAB, "--threads", "1", "--max-steps", "400", "--eval-interval", "40"]
+    monkeypatch.setenv("LAB_PAUSE", "0.05")
+    driver = start_study(
+        *DATA, *settings, "--grid", "alpha", "0", "1", "--study", "s", "--ray-address", address
+    )
 
     def lost():
-        """A run on the second node that has a checkpoint but is not complete."""
+        """The run on the second node, once it has a checkpoint."""
         names = {working_in(pid).name for pid in descendants(second.pid)}
-        return {path.parent.name for path in tmp_path.glob("s/tune/a-*/checkpoint_000000") if path.parent.name in names}
+        found = lab.glob("s/tune-*/*/checkpoint_*")
+        return {path.parent.name for path in found if path.parent.name in names}
 
     (name,) = wait_for(lost)
-    (raylet,) = (pid for pid in descendants(second.pid) if "raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_text())
+    (raylet,) = (
+        pid
+        for pid in descendants(second.pid)
+        if "raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_text()
+    )
     os.kill(raylet, signal.SIGKILL)
-    out, err = driver.communicate()
-    assert driver.returncode == 0, out + err
-    log = (tmp_path / "s" / "tune" / name / "log.txt").read_text()
-    assert re.search(r"^run .* from step [12],000$", log, re.MULTILINE), log
-    for alpha, seed in itertools.product((0, 1), (0, 1)):
-        single = ["--dataset", "a.hdf5", "--alpha", str(alpha), "--seed", str(seed), "--out-dir", f"{alpha}{seed}"]
-        assert run_main(monkeypatch, capsys, [*short, *single])[0] == 0
-        (folder,) = (tmp_path / f"{alpha}{seed}").iterdir()
-        assert metrics(folder) == metrics(run_folder_of(tmp_path, f"a-alpha{alpha}-seed{seed}"))
+    out, error = driver.communicate(timeout=200)
+    assert driver.returncode == 0, out + error
+    (log,) = lab.glob(f"s/tune-*/{name}/log.txt")
+    assert re.search(r"^run .* from step [1-9]\d+$", log.read_text(), re.MULTILINE)
+    for row in rows_of(lab / "s" / "summary.csv"):
+        single = ["--dataset", "data.hdf5", "--alpha", row["alpha"], "--name", row["alpha"]]
+        assert run_main(monkeypatch, capsys, [*settings, *single])[0] == 0
+        assert metrics(lab / "runs" / row["alpha"]) == metrics(lab / "s" / row["folder"])
