@@ -1939,6 +1939,7 @@ def prepare_process() -> None:
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    sys.path.append(os.getcwd())  # where the MODULE of env_id may be
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
