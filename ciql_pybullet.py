@@ -170,7 +170,7 @@ def check(config: Config) -> None:
         kind = type(setting.default)
         is_number = type(value) is int and kind is float
         if type(value) is not kind and not is_number:
-            raise InputError(f"{setting.name} is {value!r}, but must be a {kind.__name__}")
+            raise InputError(f"{setting.name} is {value!r}, but must be of type {kind.__name__}")
     for name, (start, low, high, end) in RANGES.items():
         value = getattr(config, name)
         above = low < value if start == "(" else low <= value
@@ -419,11 +419,11 @@ def compiler_settings(on_cpu: bool) -> Iterator[None]:
             kernel = torch.ops.mkldnn._linear_pointwise.default
             onednn = lowering.fallback_handler(kernel, add_to_fallback_set=False)
 
-            def product(x: Any, w: Any, b: Any = None) -> Any:
-                return onednn(x, lowering.permute(w, [1, 0]), b, "none", [], "")
+            def product(x: Any, w: Any) -> Any:  # which takes w transposed, and is slow with a bias
+                return onednn(x, lowering.permute(w, [1, 0]), None, "none", [], "")
 
             lowering.lowerings[mm] = product
-            lowering.lowerings[addmm] = lambda b, x, w: product(x, w, b)
+            lowering.lowerings[addmm] = lambda b, x, w: lowering.add(product(x, w), b)
             # The pattern matcher would make some of the products MKL's again.
             stack.enter_context(torch._inductor.config.patch(pattern_matcher=False))
         yield
@@ -780,7 +780,7 @@ def read_columns(path: str | Path) -> tuple[dict[str, np.ndarray], str]:
 Episodes = tuple[Transitions, np.ndarray, np.ndarray]  # transitions, returns, ended_after
 
 
-def read_d4rl(columns: dict[str, np.ndarray]) -> Episodes:
+def read_d4rl(path: str | Path, columns: dict[str, np.ndarray], max_episode_steps: int) -> Episodes:
     """The transitions in the columns of a file in D4RL's layout (Fu et al., 2020).
 
     Row i holds (observation_i, action_i, reward_i, terminal_i, timeout_i) of ONE step. Terminal
@@ -788,6 +788,8 @@ def read_d4rl(columns: dict[str, np.ndarray]) -> Episodes:
     ``next_observations`` the successor is the next row's observation. A step that was cut then has
     none, nor has the last row of the file: these start no transition. A true termination needs
     none; its own observation fills the place.
+
+    Raises InputError, with ``path``, for an episode of more than ``max_episode_steps``.
     """
     terminated = columns["terminals"] == 1
     end = np.flatnonzero(terminated | (columns["timeouts"] == 1))
@@ -795,6 +797,13 @@ def read_d4rl(columns: dict[str, np.ndarray]) -> Episodes:
     with np.errstate(invalid="ignore"):  # infinite rewards are refused later
         returns = np.diff(total, prepend=0.0)
     steps = np.diff(end, prepend=-1)
+    tail = len(terminated) - steps.sum()  # of an episode that the file cuts
+    longest = max(steps.max(initial=0), tail)
+    if longest > max_episode_steps:
+        raise InputError(
+            f"{path}: has an episode of {longest:,} steps, but the time limit is"
+            f" {max_episode_steps:,}; mark cuts in 'timeouts', or set max_episode_steps"
+        )
 
     observations = columns["observations"]
     if "next_observations" in columns:
@@ -888,7 +897,7 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
     """
     columns, source = read_columns(path)
     if "timeouts" in columns:
-        transitions, returns, ended_after = read_d4rl(columns)
+        transitions, returns, ended_after = read_d4rl(path, columns, max_episode_steps)
         layout = "D4RL's layout"
     else:
         transitions, returns, ended_after = read_d4rl_pybullet(path, columns, max_episode_steps)
@@ -1080,12 +1089,15 @@ def make_environment(env_id: str, **options: Any) -> Any:
     return gymnasium.make(env_id, **options)
 
 
-def describe_environment(env_id: str) -> Environment:
-    """What the environment says of itself. Raises InputError if CIQL cannot act in it."""
+def describe_environment(env_id: str, film: bool = False) -> Environment:
+    """What the environment says of itself. Raises InputError if CIQL cannot act in it.
+
+    With ``film`` it must also be able to render.
+    """
     import gymnasium
 
     try:
-        env = make_environment(env_id)
+        env = make_environment(env_id, **({"render_mode": "rgb_array"} if film else {}))
     except Exception as error:  # noqa: BLE001  (the environment's own code may raise anything)
         reason = " ".join(str(error).split())
         raise InputError(
@@ -1169,9 +1181,10 @@ def start_worker() -> None:
 class EvaluationPool:
     """Worker processes that play episodes. The simulator, and what it prints, is in them alone."""
 
-    def __init__(self, env_id: str, workers: int) -> None:
+    def __init__(self, env_id: str, workers: int, film: bool = False) -> None:
         self.env_id = env_id
         self.size = workers
+        self.film = film
         try:
             self.start()
         except OSError as error:
@@ -1191,7 +1204,8 @@ class EvaluationPool:
             )
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # it may have unblocked two
             descriptions = [  # one per worker: the executor starts a process per task
-                self.executor.submit(describe_environment, self.env_id) for _ in range(self.size)
+                self.executor.submit(describe_environment, self.env_id, self.film)
+                for _ in range(self.size)
             ]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -1233,8 +1247,8 @@ class EvaluationPool:
                             return None
                         _, waiting = concurrent.futures.wait(waiting, timeout=0.1)
                     returns = np.array([episode.result() for episode in episodes])
-                    if film:
-                        filmed.result()
+                    if film and (fault := filmed.exception()):
+                        say(f"NOTE   there is no film: {printable(str(fault))}")
                     return returns
                 except BrokenProcessPool:
                     self.close()
@@ -1272,7 +1286,7 @@ def evaluate(
         columns["score"] = float(environment.score(returns.mean()))
         line += f"  score {columns['score']:.1f}"
     say(f"step {step:>9,}  {line}")
-    if film:
+    if film and Path(film).exists():
         say(f"film   {film}")
     for n, episode_return in enumerate(returns, start=1):
         columns[f"return_{n}"] = float(episode_return)
@@ -1556,6 +1570,12 @@ def thread_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
     )
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Is that what the error tells? torch has a class for it on CUDA alone."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error)
+
+
 def checksum_of(data: Transitions) -> int:
     """The CRC-32 by which a resumed run recognises its data."""
     checksum = 0
@@ -1585,9 +1605,7 @@ def make_folder(config: Config) -> Path:
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
-        raise InputError(
-            f"{folder} is there already; take another --name or --resume it"
-        ) from error
+        raise InputError(f"{folder} is there already; take another --name, or remove it") from error
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error}); take another --out-dir") from error
     return folder
@@ -1640,9 +1658,13 @@ def stop_signals() -> Iterator[list[int]]:
     Signals that are ignored stay so: nohup and shells ignore some for what they start.
     """
     caught: list[int] = []
+    first = math.inf
 
     def handle(number: int, frame: object) -> None:
-        if caught and number == signal.SIGINT:
+        nonlocal first
+        now = time.monotonic()
+        first = min(first, now)
+        if number == signal.SIGINT and now > first + 1:  # not the same one, sent twice
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -1783,6 +1805,10 @@ def train(
         if not config.env_id:
             raise InputError("env_id is not set, but data come without an environment; set it")
         config = dataclasses.replace(config, dataset="own-transitions")
+    elif config.dataset == "own-transitions":
+        raise InputError(
+            "the run is on transitions from Python; resume it there: train(config, data)"
+        )
     env_id = environment_id(config)
     find_wandb(config)
     with contextlib.ExitStack() as stack:
@@ -1792,7 +1818,7 @@ def train(
                 stack.callback(lock_folder(Path(config.resume)).release)
             checkpoint = load_checkpoint(config.resume)
         threads = stack.enter_context(torch_settings(config))
-        pool = EvaluationPool(env_id, min(config.eval_episodes, threads))
+        pool = EvaluationPool(env_id, min(config.eval_episodes, threads), config.film)
         stack.callback(pool.close)
         environment = ROBOTS.get(env_id) or pool.environment()
         if data is None:
@@ -1860,10 +1886,15 @@ def train(
         stop = stack.enter_context(stop_signals())
         try:
             run.learn(stop, report)
-        except OSError as error:
-            error.add_note(f"mend that, then go on with --resume {folder}")
-            with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
-                run.save()
+        except Exception as error:
+            if isinstance(error, OSError) or progress.evaluation_due:
+                with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
+                    run.save()
+            saved = (folder / "checkpoint.pt").exists()
+            if saved and isinstance(error, OSError):
+                error.add_note(f"mend that, then go on with --resume {folder}")
+            if not saved and out_of_memory(error):
+                shutil.rmtree(folder)
             raise
         if stop and (progress.evaluation_due or progress.step < config.max_steps):
             run.save()
@@ -1880,8 +1911,8 @@ def train(
         score = f", score {environment.score(np.nanmean(last)):.1f}"
     say(f"final  {np.nanmean(last):.1f} is the mean of the last {len(last)} evaluations{score}")
     say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
-    more = f"--resume {folder} --max-steps {2 * config.max_steps}"
-    say(f"next   {more}, or --evaluate {folder} --film")
+    longer = f"--resume {folder} --max-steps {2 * config.max_steps}"
+    say(f"next   --evaluate {folder} --film, or {longer}")
     return folder, curve
 
 
@@ -1975,9 +2006,7 @@ def main() -> None:
         code = 1
         complain(error)
     except (RuntimeError, MemoryError) as error:
-        on_cuda = isinstance(error, torch.OutOfMemoryError)
-        on_cpu = isinstance(error, MemoryError) or "allocate memory" in str(error)
-        if not (on_cuda or on_cpu):
+        if not out_of_memory(error):
             raise
         code = 2
         complain("out of memory; lower batch_size, num_neg or hidden_sizes")

@@ -72,7 +72,7 @@ def fails(monkeypatch, capsys, folder, arguments, expected=2):
         ({"gamma": 1.01}, "gamma is 1.01, but must be in [0, 1]"),
         ({"beta": float("inf")}, "beta is inf"),
         ({"max_steps": 0}, "max_steps is 0, but must be in [1, inf)"),
-        ({"max_steps": 2.5}, "max_steps is 2.5, but must be a int"),
+        ({"max_steps": 2.5}, "max_steps is 2.5, but must be of type int"),
         ({"batch_size": True}, "batch_size is True"),
         ({"compile": 1}, "compile is 1"),
         ({"hidden_sizes": (8, 0)}, "hidden_sizes is (8, 0)"),
