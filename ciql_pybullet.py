@@ -554,7 +554,7 @@ class CIQL:
         parts = list(self.map(work, index.chunk(self.parts), negative_actions.chunk(self.parts)))
         gradient, metrics = parts[0]
         for other, _ in parts[1:]:  # in order, whichever thread was first
-            gradient = gradient + other
+            gradient += other
         for name in metrics:
             metrics[name] = torch.stack([figures[name] for _, figures in parts]).mean()
         return gradient / self.parts, metrics
@@ -789,7 +789,7 @@ def read_d4rl(path: str | Path, columns: dict[str, np.ndarray], max_episode_step
     none, nor has the last row of the file: these start no transition. A true termination needs
     none; its own observation fills the place.
 
-    Raises InputError, with ``path``, for an episode of more than ``max_episode_steps``.
+    Raises InputError, with ``path``, if nothing marks the cuts that ``max_episode_steps`` made.
     """
     terminated = columns["terminals"] == 1
     end = np.flatnonzero(terminated | (columns["timeouts"] == 1))
@@ -799,10 +799,10 @@ def read_d4rl(path: str | Path, columns: dict[str, np.ndarray], max_episode_step
     steps = np.diff(end, prepend=-1)
     tail = len(terminated) - steps.sum()  # of an episode that the file cuts
     longest = max(steps.max(initial=0), tail)
-    if longest > max_episode_steps:
+    if longest > max_episode_steps and not columns["timeouts"].any():
         raise InputError(
-            f"{path}: has an episode of {longest:,} steps, but the time limit is"
-            f" {max_episode_steps:,}; mark cuts in 'timeouts', or set max_episode_steps"
+            f"{path}: 'timeouts' is never set, but an episode has {longest:,} steps and the time"
+            f" limit is {max_episode_steps:,}; mark cuts in 'timeouts', or set max_episode_steps"
         )
 
     observations = columns["observations"]

@@ -86,8 +86,8 @@ def metrics(folder):
 
 
 def snapshot(folder):
-    """All that is in a folder."""
-    paths = sorted(folder.rglob("*"))
+    """All that is in a folder, but for what Python compiles of modules in it."""
+    paths = [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts]
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 

@@ -225,6 +225,14 @@ def test_time_limit_of_the_recording(tmp_path, capsys, env_id, lengths, limit, t
         assert "max_episode_steps (to 5?)" in out
 
 
+def test_timeouts_that_are_never_set_are_refused(tmp_path):
+    """Three episodes of 4 steps that nothing marks are one of 12, longer than the limit."""
+    path = write_file(tmp_path / "data.hdf5", *[d4rl_episode(4, 10 * n) for n in range(3)])
+    with pytest.raises(InputError, match="'timeouts' is never set, but an episode has 12 steps"):
+        read_transitions(path, max_episode_steps=4)
+    assert len(read_transitions(path, max_episode_steps=12).rewards) == 12
+
+
 def test_time_limits_among_the_terminations_of_d4rls_layout(tmp_path, capsys):
     robot = ROBOTS["HopperBulletEnv-v0"]
     path = robot_file(
