@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -247,6 +248,16 @@ def test_settings_table():
         default = defaults[name]
         shown = [float(v) for v in value.replace(",", "").replace("−", "-").split()]
         assert shown == list(default if isinstance(default, tuple) else (default,)), name
+
+
+def test_inline_dependencies_are_the_requirements():
+    """What ``uv run`` reads at the top of the script (PEP 723) is what pip installs."""
+    script = (ROOT / "ciql_pybullet.py").read_text()
+    block = re.match(r"# /// script\n(.*?)# ///\n", script, re.DOTALL)[1]
+    inline = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.MULTILINE))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert inline["dependencies"] == [line for line in lines if not line.startswith("#")]
+    assert inline["requires-python"] == "==3.11.*"
 
 
 def test_names_in_the_readme_exist():
