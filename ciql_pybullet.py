@@ -415,7 +415,7 @@ def compiler_settings(on_cpu: bool) -> Iterator[None]:
         # no Python between the kernels
         stack.enter_context(torch._inductor.config.patch(cpp_wrapper=on_cpu))
         if on_cpu and runs_on_amd():
-            # torch's usual library for float32 products, MKL, runs at half of oneDNN's rate on AMD
+            # torch's usual library for float32 products, MKL, is slower than oneDNN on AMD
             kernel = torch.ops.mkldnn._linear_pointwise.default
             onednn = lowering.fallback_handler(kernel, add_to_fallback_set=False)
 
