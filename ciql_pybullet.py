@@ -319,6 +319,22 @@ class GaussianPolicy(nn.Module):
         return self(x).cpu().numpy()
 
 
+def by_size(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module, large ones first: so these stay aligned in a vector."""
+    return sorted(module.parameters(), key=Tensor.numel, reverse=True)
+
+
+def as_vector(module: nn.Module) -> nn.Parameter:
+    """All parameters of a module, ``by_size``, as one vector (P,), whose views they become.
+
+    To Adam and Polyak averaging one vector is less work than a dozen small tensors.
+    """
+    parameters = by_size(module)
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(vector, parameters)
+    return nn.Parameter(vector)
+
+
 def make_policy(observation_dim: int, action_dim: int, config: Config) -> GaussianPolicy:
     """The policy that is trained, saved, loaded and evaluated: another class goes in here.
 
@@ -391,11 +407,14 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"device is {name}, which is not here; use auto, cpu or cuda") from error
 
 
-def runs_on_amd() -> bool:
-    """Is this an AMD processor, and oneDNN built in?"""
+def wants_onednn() -> bool:
+    """Is torch's usual library for float32 products, MKL, slow here? It keeps to AVX2 on AMD."""
     cpu = Path("/proc/cpuinfo")
     return (
-        cpu.exists() and "AuthenticAMD" in cpu.read_text() and torch.backends.mkldnn.is_available()
+        cpu.exists()
+        and "AuthenticAMD" in cpu.read_text()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
     )
 
 
@@ -414,12 +433,13 @@ def compiler_settings(on_cpu: bool) -> Iterator[None]:
         stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
         # no Python between the kernels
         stack.enter_context(torch._inductor.config.patch(cpp_wrapper=on_cpu))
-        if on_cpu and runs_on_amd():
-            # torch's usual library for float32 products, MKL, is slower than oneDNN on AMD
+        if on_cpu and wants_onednn():
             kernel = torch.ops.mkldnn._linear_pointwise.default
             onednn = lowering.fallback_handler(kernel, add_to_fallback_set=False)
 
-            def product(x: Any, w: Any) -> Any:  # which takes w transposed, and is slow with a bias
+            def product(x: Any, w: Any) -> Any:
+                if min(*x.get_size(), *w.get_size()) < 64:  # calls of oneDNN cost more
+                    return usual[mm](x, w)
                 return onednn(x, lowering.permute(w, [1, 0]), None, "none", [], "")
 
             lowering.lowerings[mm] = product
@@ -446,10 +466,13 @@ class CIQL:
         self.value = ValueNetwork(observation_dim, sizes).to(self.device)
         self.critic = DoubleQNetwork(observation_dim, action_dim, sizes).to(self.device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        policy = list(self.policy.parameters())
-        others = [*self.value.parameters(), *self.critic.parameters()]
-        self.parameters = policy + others
-        groups = [{"params": policy}, {"params": others}]
+        self.parameters = [*by_size(self.policy), *by_size(self.value), *by_size(self.critic)]
+        self.policy_vector = as_vector(self.policy)
+        self.value_vector = as_vector(self.value)
+        self.critic_vector = as_vector(self.critic)
+        self.target_vector = as_vector(self.target_critic)
+        self.vectors = [self.policy_vector, self.value_vector, self.critic_vector]
+        groups = [{"params": [vector]} for vector in self.vectors]
         self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.steps = 0  # gradient steps taken
         # A batch is worked in equal parts. Their number does not depend on that of the threads, so
@@ -555,9 +578,9 @@ class CIQL:
         gradient, metrics = parts[0]
         for other, _ in parts[1:]:  # in order, whichever thread was first
             gradient += other
-        for name in metrics:
-            metrics[name] = torch.stack([figures[name] for _, figures in parts]).mean()
-        return gradient / self.parts, metrics
+        gradient /= self.parts
+        figures = torch.stack([torch.stack(list(part.values())) for _, part in parts])
+        return gradient, dict(zip(metrics, figures.mean(0).unbind(), strict=True))
 
     def update(self, data: Transitions) -> Metrics:
         """One gradient step on a batch drawn from ``data``, which ``prepare`` made."""
@@ -581,15 +604,13 @@ class CIQL:
         if c.policy_lr_decay:
             remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
             self.optimizer.param_groups[0]["lr"] = c.lr * remaining
-        sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, piece in zip(self.parameters, gradient.split(sizes), strict=True):
-            parameter.grad = piece.view_as(parameter)
+        sizes = [vector.numel() for vector in self.vectors]
+        for vector, piece in zip(self.vectors, gradient.split(sizes), strict=True):
+            vector.grad = piece
         self.optimizer.step()
         with torch.no_grad():
             self.policy.project(c.min_log_std)
-            targets = self.target_critic.parameters()
-            for target, source in zip(targets, self.critic.parameters(), strict=True):
-                target.lerp_(source, c.polyak)
+            self.target_vector.lerp_(self.critic_vector, c.polyak)
         self.steps += 1
         return metrics
 
@@ -634,8 +655,10 @@ class CIQL:
 
         try:
             torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
-            compiled_closed = torch.compile(closed, fullgraph=True)
-            compiled_opened = torch.compile(opened, fullgraph=True)
+            # On CUDA the kernels are started together: each takes longer to start than to run.
+            mode = None if self.on_cpu else "reduce-overhead"
+            compiled_closed = torch.compile(closed, fullgraph=True, mode=mode)
+            compiled_opened = torch.compile(opened, fullgraph=True, mode=mode)
             with compiler_settings(self.on_cpu):
                 if self.on_cpu:
                     compiled_closed(batch, actions)
@@ -652,11 +675,17 @@ class CIQL:
             with_penalty: bool,
             clamp_open: Tensor | None = None,
         ) -> tuple[Tensor, Metrics]:
+            if not self.on_cpu:  # what the last call returned has been used: it is overwritten now
+                torch.compiler.cudagraph_mark_step_begin()
             if with_penalty:
                 return compiled_opened(batch, actions, clamp_open)
             return compiled_closed(batch, actions)
 
         self.gradients = compiled  # type: ignore[method-assign, assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CIQL":
+        """Raises TypeError: the networks of a deep copy would not be views of its vectors."""
+        raise TypeError("make another agent, and load a deep copy of this one's state_dict")
 
     def state_dict(self) -> dict[str, Any]:
         """The count of steps, and the state of every attribute that is a module or optimiser.
@@ -1771,7 +1800,7 @@ class Run:
         """Raise FloatingPointError if a loss or weight is NaN or infinite, before it is saved."""
         sums = self.progress.sums
         bad = [name for name, total in sums.items() if not total.isfinite()]
-        if not bad and all(weight.isfinite().all() for weight in self.agent.parameters):
+        if not bad and all(weight.isfinite().all() for weight in self.agent.vectors):
             return
         largest = self.data.rewards.abs().max().item()
         remedy = f"lower lr, or scale the rewards (up to {largest:.3g} here)"

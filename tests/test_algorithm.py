@@ -176,12 +176,24 @@ def trained_names(agent):
     return [name for name in parameters_of(agent) if not name.startswith("target_")]
 
 
+def twin_of(agent):
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(agent)
+    twin = CIQL(S, A, agent.config)
+    twin.load_state_dict(copy.deepcopy(agent.state_dict()))
+    return twin
+
+
 def by_name(agent, vector):
     """The agent's flat gradient, by the names of the parameters."""
-    sizes = [parameter.numel() for parameter in agent.parameters]
-    pieces = vector.double().split(sizes)
-    pairs = zip(trained_names(agent), agent.parameters, pieces, strict=True)
-    return {name: piece.view_as(parameter).numpy() for name, parameter, piece in pairs}
+    names = {}
+    for network in TRAINED:
+        for name, parameter in getattr(agent, network).named_parameters():
+            names[parameter] = f"{network}.{name}"
+    pieces = vector.double().split([parameter.numel() for parameter in agent.parameters])
+    pairs = zip(agent.parameters, pieces, strict=True)
+    found = {names[parameter]: piece.view_as(parameter).numpy() for parameter, piece in pairs}
+    return {name: found[name] for name in trained_names(agent)}
 
 
 def in_float64(batch):
@@ -280,7 +292,7 @@ def test_gradients_without_penalty(case):
 def test_step_takes_the_mean_of_the_parts(case, monkeypatch, parts):
     """Gradients and figures of a step, whatever its parts, are those of the whole batch."""
     agent, batch, negatives, expected, expected_gradient = case
-    agent = copy.deepcopy(agent)
+    agent = twin_of(agent)
     agent.parts = parts
     monkeypatch.setattr(torch, "randint", lambda *args, **options: torch.arange(B))
     monkeypatch.setattr(torch, "rand", lambda *args, **options: (negatives + 1) / 2)
@@ -292,7 +304,7 @@ def test_step_takes_the_mean_of_the_parts(case, monkeypatch, parts):
     is_open = expected["penalty"] > 0
     assert worked == [B // parts] * parts * (2 if is_open else 1)
     assert_close(found, expected | {"clamp_open": is_open}, 1e-4, 1e-6)
-    gradient = torch.cat([parameter.grad.flatten() for parameter in agent.parameters])
+    gradient = torch.cat([vector.grad for vector in agent.vectors])
     assert_close(by_name(agent, gradient), expected_gradient, 2e-3, 2e-5)
 
 
@@ -304,13 +316,13 @@ def test_number_of_parts():
 
 def test_update_is_adam_and_polyak(case):
     agent, batch, *_ = case
-    agent = copy.deepcopy(agent)
+    agent = twin_of(agent)
     p = parameters_of(agent)
     adam = Adam(p, trained_names(agent))
     for _ in range(6):  # gradients that change, for Adam's averages
         batch = batch._replace(rewards=batch.rewards * -1.5)
         agent.update(batch)
-        gradient = torch.cat([parameter.grad.flatten() for parameter in agent.parameters])
+        gradient = torch.cat([vector.grad for vector in agent.vectors])
         adam.step(p, by_name(agent, gradient), lambda name: CONFIG.lr)
         move_target(p, CONFIG.polyak)
         assert_close(parameters_of(agent), p, 1e-4, 2e-6)
@@ -453,7 +465,7 @@ def run_steps(agent, steps, seed=0):
 
 
 def weights_of(agent):
-    return torch.cat([parameter.detach().flatten() for parameter in agent.parameters]).clone()
+    return torch.cat([vector.detach() for vector in agent.vectors])
 
 
 def assert_sometimes_open(history):
@@ -539,8 +551,8 @@ def test_step_on_cuda_is_one_graph(monkeypatch, capsys):
     """What is compiled for CUDA has no branch on a tensor; traced, it gives the same weights."""
     compile_with = torch.compile
 
-    def compile_here(function, fullgraph):
-        assert fullgraph
+    def compile_here(function, fullgraph, mode):
+        assert fullgraph and mode == "reduce-overhead"
         return compile_with(function, fullgraph=True, backend="aot_eager")
 
     def traced(agent):
@@ -583,12 +595,13 @@ def test_same_bits_with_any_number_of_threads():
 def test_compiled_step(monkeypatch, capfd, library, alpha):
     """It agrees with the eager one, uses that library, has its bits with any number of threads,
     and leaves no trace in the compiler."""
-    monkeypatch.setattr(ciql_pybullet, "runs_on_amd", lambda: library == "oneDNN")
+    monkeypatch.setattr(ciql_pybullet, "wants_onednn", lambda: library == "oneDNN")
     compiler_configs = (torch._dynamo.config, torch._inductor.config)
     operators = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     rules = [lowering.lowerings[operator] for operator in operators]
     configs = [config.get_config_copy() for config in compiler_configs]
-    agent, _ = trained(small(lr=1e-3, hidden_sizes=(16,), alpha=alpha), 0)
+    config = small(lr=1e-4, hidden_sizes=(64, 64), batch_size=256, alpha=alpha)  # oneDNN's: from 64
+    agent, _ = trained(config, 0)
     eager, expected = threaded(agent, 1)
     if alpha > 0:
         assert_sometimes_open(expected)
@@ -609,7 +622,7 @@ def test_compiled_step(monkeypatch, capfd, library, alpha):
         with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
             threaded(agent, 1, 1)
         assert ("inner_product" in capfd.readouterr().out) == (library == "oneDNN")
-    torch.testing.assert_close(first, eager, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(first, eager, rtol=1e-3, atol=1e-3)
     for name in expected[0]:
         one = [row[name] for row in found]
         other = [row[name] for row in expected]
@@ -627,7 +640,7 @@ def test_step_that_cannot_be_compiled_runs_eagerly(monkeypatch, capsys, missing)
         reason = "no compiler found"
     else:
         monkeypatch.delattr(lowering, "fallback_handler")
-        monkeypatch.setattr(ciql_pybullet, "runs_on_amd", lambda: True)
+        monkeypatch.setattr(ciql_pybullet, "wants_onednn", lambda: True)
         reason = "fallback_handler"
     _, found = trained(small(), 3, lambda agent: agent.compile(random_data()))
     out = capsys.readouterr().out
