@@ -231,7 +231,7 @@ def printable(text: str) -> str:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside ``path``, then rename: ``path`` is at any time the old or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -320,19 +320,20 @@ class GaussianPolicy(nn.Module):
 
 
 def by_size(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module, large ones first: so these stay aligned in a vector."""
+    """The parameters of a module. Large ones first: in a vector their addresses stay round."""
     return sorted(module.parameters(), key=Tensor.numel, reverse=True)
 
 
 def as_vector(module: nn.Module) -> nn.Parameter:
-    """All parameters of a module, ``by_size``, as one vector (P,), whose views they become.
+    """All parameters of a module, ``by_size``, in one vector (P,), of which they become views.
 
-    To Adam and Polyak averaging one vector is less work than a dozen small tensors.
+    To Adam and Polyak averaging one vector is less work than a dozen small tensors. A module that
+    is moved, converted or deep-copied afterwards has parameters of its own again.
     """
     parameters = by_size(module)
     vector = nn.utils.parameters_to_vector(parameters).detach()
     nn.utils.vector_to_parameters(vector, parameters)
-    return nn.Parameter(vector)
+    return nn.Parameter(vector, requires_grad=parameters[0].requires_grad)
 
 
 def make_policy(observation_dim: int, action_dim: int, config: Config) -> GaussianPolicy:
@@ -402,9 +403,12 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros((), device=name).device
+        device = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
         raise InputError(f"device is {name}, which is not here; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name}, but must be auto, cpu or cuda")
+    return device
 
 
 def wants_onednn() -> bool:
@@ -434,11 +438,15 @@ def compiler_settings(on_cpu: bool) -> Iterator[None]:
         # no Python between the kernels
         stack.enter_context(torch._inductor.config.patch(cpp_wrapper=on_cpu))
         if on_cpu and wants_onednn():
+            # The compiler's cache on disk does not know of the rule below, but of this tag.
+            tag = torch.compiler.config.patch(cache_key_tag="oneDNN")  # type: ignore[attr-defined]
+            stack.enter_context(tag)
             kernel = torch.ops.mkldnn._linear_pointwise.default
             onednn = lowering.fallback_handler(kernel, add_to_fallback_set=False)
 
             def product(x: Any, w: Any) -> Any:
-                if min(*x.get_size(), *w.get_size()) < 64:  # calls of oneDNN cost more
+                # To call oneDNN for a small product costs more than it saves.
+                if min(*x.get_size(), *w.get_size()) < 64:
                     return usual[mm](x, w)
                 return onednn(x, lowering.permute(w, [1, 0]), None, "none", [], "")
 
@@ -452,7 +460,8 @@ def compiler_settings(on_cpu: bool) -> Iterator[None]:
 class CIQL:
     """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step.
 
-    An idea that is no setting is a subclass, given to ``train`` as ``make_agent``.
+    An idea that is no setting is a subclass, given to ``train`` as ``make_agent``. After replacing
+    a network it calls ``make_optimizer`` again; for one more network it extends that.
     """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
@@ -466,6 +475,15 @@ class CIQL:
         self.value = ValueNetwork(observation_dim, sizes).to(self.device)
         self.critic = DoubleQNetwork(observation_dim, action_dim, sizes).to(self.device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.make_optimizer()
+        self.steps = 0  # gradient steps taken
+        # A batch is worked in equal parts. Their number does not depend on that of the threads, so
+        # the bits do not either.
+        self.parts = math.gcd(config.batch_size, config.batch_parts) if self.on_cpu else 1
+        self.map: Callable[..., Any] = map  # one after another; ``train`` puts a thread pool's here
+
+    def make_optimizer(self) -> None:
+        """Adam over a vector per network, of which the parameters are views from now on."""
         self.parameters = [*by_size(self.policy), *by_size(self.value), *by_size(self.critic)]
         self.policy_vector = as_vector(self.policy)
         self.value_vector = as_vector(self.value)
@@ -473,12 +491,7 @@ class CIQL:
         self.target_vector = as_vector(self.target_critic)
         self.vectors = [self.policy_vector, self.value_vector, self.critic_vector]
         groups = [{"params": [vector]} for vector in self.vectors]
-        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
-        self.steps = 0  # gradient steps taken
-        # A batch is worked in equal parts. Their number does not depend on that of the threads, so
-        # the bits do not either.
-        self.parts = math.gcd(config.batch_size, config.batch_parts) if self.on_cpu else 1
-        self.map: Callable[..., Any] = map  # one after another; ``train`` puts a thread pool's here
+        self.optimizer = torch.optim.Adam(groups, lr=self.config.lr, fused=True)
 
     def losses(
         self,
@@ -494,7 +507,7 @@ class CIQL:
         and draw no random numbers, as parts run in threads. What is not such a mean belongs in
         ``update``, as the clamp does: a part gets ``clamp_open`` (2,), one per critic; None where
         it is the whole batch. ``negative_actions``: (B, num_neg, action_dim). Without
-        ``with_penalty`` the clamp is taken to be closed.
+        ``with_penalty`` the clamp is taken to be closed. The step needs the figures gap1 and gap2.
 
         No loss reaches another's network: Q̄ and y are targets, made without gradient, and the
         advantage is detached. So one backward pass of the sum serves all three.
@@ -555,7 +568,10 @@ class CIQL:
         with_penalty: bool,
         clamp_open: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """The gradient of ``losses`` by all parameters, flat (P,), so that parts add up."""
+        """The gradient of ``losses``, one vector (P,) for the ``vectors`` together, and figures.
+
+        On CUDA it stands until the next call alone, which overwrites it.
+        """
         loss, metrics = self.losses(batch, negative_actions, with_penalty, clamp_open)
         gradients = torch.autograd.grad(loss, self.parameters)
         return torch.cat([gradient.flatten() for gradient in gradients]), metrics
@@ -591,7 +607,7 @@ class CIQL:
         negative_actions = torch.rand(size, device=self.device) * 2 - 1
 
         # On the CPU a first pass only measures the gaps. Nearly always both are below zero: penalty
-        # and gradient are 0, and over half of the work is saved. Otherwise a second pass includes
+        # and its gradient are 0, and half of the work is saved. Otherwise a second pass includes
         # the penalty. On CUDA the host would have to wait to know, so it is always included.
         sampled = (data, index, negative_actions)
         gradient, metrics = self.mean_of_parts(*sampled, with_penalty=not self.on_cpu)
@@ -603,7 +619,7 @@ class CIQL:
 
         if c.policy_lr_decay:
             remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
-            self.optimizer.param_groups[0]["lr"] = c.lr * remaining
+            self.optimizer.param_groups[0]["lr"] = c.lr * remaining  # of the policy's vector
         sizes = [vector.numel() for vector in self.vectors]
         for vector, piece in zip(self.vectors, gradient.split(sizes), strict=True):
             vector.grad = piece
@@ -653,22 +669,6 @@ class CIQL:
         ) -> tuple[Tensor, Metrics]:
             return eager(batch, actions, True, clamp_open)
 
-        try:
-            torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
-            # On CUDA the kernels are started together: each takes longer to start than to run.
-            mode = None if self.on_cpu else "reduce-overhead"
-            compiled_closed = torch.compile(closed, fullgraph=True, mode=mode)
-            compiled_opened = torch.compile(opened, fullgraph=True, mode=mode)
-            with compiler_settings(self.on_cpu):
-                if self.on_cpu:
-                    compiled_closed(batch, actions)
-                if c.alpha > 0 or not self.on_cpu:
-                    compiled_opened(batch, actions, clamp_open)
-        except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
-            return
-
         def compiled(
             batch: Transitions,
             actions: Tensor,
@@ -681,10 +681,27 @@ class CIQL:
                 return compiled_opened(batch, actions, clamp_open)
             return compiled_closed(batch, actions)
 
+        try:
+            torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
+            # On CUDA the kernels are started together: each takes longer to start than to run.
+            mode = None if self.on_cpu else "reduce-overhead"
+            compiled_closed = torch.compile(closed, fullgraph=True, mode=mode)
+            compiled_opened = torch.compile(opened, fullgraph=True, mode=mode)
+            with compiler_settings(self.on_cpu):
+                if self.on_cpu:
+                    compiled(batch, actions, False)
+                if c.alpha > 0 or not self.on_cpu:
+                    for _ in range(3):  # on CUDA the second call records what later ones start
+                        compiled(batch, actions, True, clamp_open)
+        except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
+            return
+
         self.gradients = compiled  # type: ignore[method-assign, assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CIQL":
-        """Raises TypeError: the networks of a deep copy would not be views of its vectors."""
+        """Raises TypeError: the parameters of a deep copy would be no views of its vectors."""
         raise TypeError("make another agent, and load a deep copy of this one's state_dict")
 
     def state_dict(self) -> dict[str, Any]:
@@ -1013,11 +1030,11 @@ def download(url: str, path: Path, environment: Environment) -> None:
         check_transitions(read_transitions(fetched), environment, path.name)
         os.replace(fetched, path)
     finally:
-        path.with_name(part).unlink(missing_ok=True)
         if resolver is None:
             del os.environ["RES_OPTIONS"]
         else:
             os.environ["RES_OPTIONS"] = resolver
+        path.with_name(part).unlink(missing_ok=True)
 
 
 def find_dataset(dataset: str) -> Path:
@@ -1121,7 +1138,7 @@ def make_environment(env_id: str, **options: Any) -> Any:
 def describe_environment(env_id: str, film: bool = False) -> Environment:
     """What the environment says of itself. Raises InputError if CIQL cannot act in it.
 
-    With ``film`` it must also be able to render.
+    With ``film`` it must also be one that can be made to render.
     """
     import gymnasium
 
@@ -1261,6 +1278,7 @@ class EvaluationPool:
         """
         # The workers read the policy from a file, as a dead worker may leave the pipe full.
         with tempfile.NamedTemporaryFile() as file:
+            # a copy, as pickle would store the policy's vector once per parameter
             pickle.dump(copy.deepcopy(policy).cpu(), file)
             file.flush()
             tasks = [(file.name, self.env_id, seed) for seed in seeds]
@@ -1276,8 +1294,10 @@ class EvaluationPool:
                             return None
                         _, waiting = concurrent.futures.wait(waiting, timeout=0.1)
                     returns = np.array([episode.result() for episode in episodes])
-                    if film and (fault := filmed.exception()):
-                        say(f"NOTE   there is no film: {printable(str(fault))}")
+                    if film:
+                        fault = filmed.exception()
+                        why_not = f"NOTE   there is no film: {printable(str(fault))}"
+                        say(why_not if fault else f"film   {film}")
                     return returns
                 except BrokenProcessPool:
                     self.close()
@@ -1315,8 +1335,6 @@ def evaluate(
         columns["score"] = float(environment.score(returns.mean()))
         line += f"  score {columns['score']:.1f}"
     say(f"step {step:>9,}  {line}")
-    if film and Path(film).exists():
-        say(f"film   {film}")
     for n, episode_return in enumerate(returns, start=1):
         columns[f"return_{n}"] = float(episode_return)
     return columns
@@ -1559,7 +1577,7 @@ def draw(
     draw_score(axes, environment)
     axes.set(xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     content = io.BytesIO()
@@ -1665,7 +1683,8 @@ def restore(checkpoint: dict[str, Any], agent: CIQL, config: Config, checksum: i
         agent.load_state_dict(checkpoint["agent"])
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{config.resume} holds networks of another size; resume it with its own hidden_sizes"
+            f"{config.resume} holds an agent of another size or version; resume it with its own"
+            " hidden_sizes and version"
         ) from error
     changed = differences(config, saved)
     if config.policy_lr_decay and config.max_steps != saved.max_steps:
@@ -1940,8 +1959,10 @@ def train(
         score = f", score {environment.score(np.nanmean(last)):.1f}"
     say(f"final  {np.nanmean(last):.1f} is the mean of the last {len(last)} evaluations{score}")
     say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
-    longer = f"--resume {folder} --max-steps {2 * config.max_steps}"
-    say(f"next   --evaluate {folder} --film, or {longer}")
+    longer = ""
+    if type(agent) is CIQL and data is None:  # others are resumed from Python
+        longer = f", or --resume {folder} --max-steps {2 * config.max_steps}"
+    say(f"next   --evaluate {folder} --film{longer}")
     return folder, curve
 
 

@@ -17,6 +17,7 @@ from ciql_pybullet import (
     Config,
     GaussianPolicy,
     Transitions,
+    ValueNetwork,
     awr_weights,
     conservative_penalty,
     expectile_loss,
@@ -669,6 +670,24 @@ def test_figure_that_an_idea_adds():
     assert figures["reward"].item() == pytest.approx(rewards.mean().item())
     of_parts = np.mean([part.max().item() for part in rewards.chunk(4)])
     assert figures["largest_reward"].item() == pytest.approx(of_parts)
+
+
+def test_network_that_an_idea_replaces():
+    class Idea(CIQL):
+        def __init__(self, observation_dim, action_dim, config):
+            super().__init__(observation_dim, action_dim, config)
+            self.value = ValueNetwork(observation_dim, (12,))
+            self.make_optimizer()
+
+    agent, _ = trained(small(), 0, make_agent=Idea)
+    before = [parameter.clone() for parameter in agent.value.parameters()]
+    run_steps(agent, 3)
+    after = list(agent.value.parameters())
+    assert after[0].shape == (12, S)
+    for old, new in zip(before, after, strict=True):
+        assert not torch.equal(old, new)
+    assert sum(parameter.numel() for parameter in after) == len(agent.value_vector)
+    assert len(weights_of(agent)) == sum(parameter.numel() for parameter in agent.parameters)
 
 
 def test_data_are_normalised_as_the_policy_undoes_it():

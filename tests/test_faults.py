@@ -102,7 +102,8 @@ def test_every_range_lets_its_defaults_through():
         (["--tau", "2"], "tau is 2.0"),
         (["--dataset", "halfcheeta-bullet-medium"], "halfcheetah-bullet-medium-v0"),
         (["--dataset", "mine.hdf5"], "which environment? Set env_id"),
-        (["--device", "gpu", *LAB_FLAGS[4:6]], "device is gpu, which is not here"),
+        (["--device", "gpu"], "device is gpu, which is not here"),
+        (["--device", "meta"], "device is meta, but must be auto, cpu or cuda"),
         (["--resume", "nothing"], "nothing is not there; name the folder of a run"),
         (["--evaluate", "nothing"], "nothing is not there; name the folder of a run"),
         (["--resume", "a_folder"], "a_folder has no checkpoint.pt"),
@@ -119,7 +120,7 @@ def test_bad_command_line(monkeypatch, capsys, tmp_path, pool_here, arguments, n
     )
     if "--wandb-project" in arguments:
         monkeypatch.setitem(sys.modules, "wandb", None)
-    if "gpu" in arguments:
+    if "--device" in arguments:
         arguments = ["--dataset", str(hopper_file(tmp_path / "data.hdf5")), *arguments[:2]]
         arguments += ["--env-id", "HopperBulletEnv-v0"]
     assert named in fails(monkeypatch, capsys, tmp_path, arguments)

@@ -338,7 +338,7 @@ def test_resuming(lab, pool_here, monkeypatch, capsys):
     for arguments, cause in (
         (["--tau", "2"], "tau is 2.0, but must be in (0, 1)"),
         (["--max-steps", "10"], "max_steps is 10, but runs/run is at step 40; raise it"),
-        (["--hidden-sizes", "9", "--max-steps", "50"], "networks of another size"),
+        (["--hidden-sizes", "9", "--max-steps", "50"], "an agent of another size"),
         (["--evaluate", "runs/run"], "resume and evaluate are both set"),
     ):
         code, _, err = resume(*arguments)
