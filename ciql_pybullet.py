@@ -104,7 +104,7 @@ class Config:
     eval_episodes: int = 5  # episodes per evaluation
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
-    batch_parts: int = 2  # equal parts of a batch that CPU threads share; they change rounding
+    batch_parts: int = 2  # CPU threads share a batch in gcd(it, batch_size) parts: another rounding
     threads: int = 0  # CPU threads and evaluation workers, 0: one per core; they change no bit
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
     compile: bool = True  # compile the gradient step (about a minute once; needs a C++ compiler)
@@ -403,12 +403,12 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros((), device=name).device
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"device is {name}, but must be auto, cpu or cuda")
+        return torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
         raise InputError(f"device is {name}, which is not here; use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {name}, but must be auto, cpu or cuda")
-    return device
 
 
 def wants_onednn() -> bool:
@@ -461,7 +461,8 @@ class CIQL:
     """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step.
 
     An idea that is no setting is a subclass, given to ``train`` as ``make_agent``. After replacing
-    a network it calls ``make_optimizer`` again; for one more network it extends that.
+    a network it calls ``make_optimizer`` again; for one more network, made before
+    ``super().__init__``, it extends that. What a resumed run needs is in modules and optimisers.
     """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
@@ -483,7 +484,10 @@ class CIQL:
         self.map: Callable[..., Any] = map  # one after another; ``train`` puts a thread pool's here
 
     def make_optimizer(self) -> None:
-        """Adam over a vector per network, of which the parameters are views from now on."""
+        """Adam over a vector per network, of which the parameters are views from now on.
+
+        Its first group is the policy alone, whose rate ``policy_lr_decay`` lowers.
+        """
         self.parameters = [*by_size(self.policy), *by_size(self.value), *by_size(self.critic)]
         self.policy_vector = as_vector(self.policy)
         self.value_vector = as_vector(self.value)
@@ -503,11 +507,12 @@ class CIQL:
         """The sum of the three losses (), and figures () for the log: what an idea edits.
 
         ``batch`` is one of the equal parts of a step's batch (observations normalised), and the
-        step takes the mean of the parts. So each loss and figure must be a mean over transitions,
-        and draw no random numbers, as parts run in threads. What is not such a mean belongs in
-        ``update``, as the clamp does: a part gets ``clamp_open`` (2,), one per critic; None where
-        it is the whole batch. ``negative_actions``: (B, num_neg, action_dim). Without
-        ``with_penalty`` the clamp is taken to be closed. The step needs the figures gap1 and gap2.
+        step takes the mean of the parts. So each loss and figure must be a mean over transitions.
+        Parts run in threads: draw no random numbers here, and change no buffers. What is not such a
+        mean belongs in ``update``, as the clamp does: a part gets ``clamp_open`` (2,), one per
+        critic; None where it is the whole batch. Without ``with_penalty`` the clamp is taken to be
+        closed. The step needs the figures gap1 and gap2. ``negative_actions`` are (B, num_neg,
+        action_dim).
 
         No loss reaches another's network: Q̄ and y are targets, made without gradient, and the
         advantage is detached. So one backward pass of the sum serves all three.
@@ -619,7 +624,7 @@ class CIQL:
 
         if c.policy_lr_decay:
             remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
-            self.optimizer.param_groups[0]["lr"] = c.lr * remaining  # of the policy's vector
+            self.optimizer.param_groups[0]["lr"] = c.lr * remaining  # the policy's
         sizes = [vector.numel() for vector in self.vectors]
         for vector, piece in zip(self.vectors, gradient.split(sizes), strict=True):
             vector.grad = piece
@@ -635,7 +640,21 @@ class CIQL:
         return self.policy
 
     def prepare(self, data: Transitions) -> Transitions:
-        """Normalise the observations, tell the policy how, and move the data to the device."""
+        """Normalise the observations, tell the policy how, and move the data to the device.
+
+        Raises TypeError for a network that no vector holds, which would silently not be trained.
+        """
+        pairs = [
+            (self.policy, self.policy_vector),
+            (self.value, self.value_vector),
+            (self.critic, self.critic_vector),
+            (self.target_critic, self.target_vector),
+        ]
+        for network, vector in pairs:
+            if by_size(network)[0].data_ptr() != vector.data_ptr():
+                raise TypeError(
+                    f"no vector holds this network, call make_optimizer again: {network}"
+                )
         std, mean = torch.std_mean(data.observations, 0)
         std += 1e-3
         self.policy.observation_mean.copy_(mean)
@@ -719,13 +738,15 @@ class CIQL:
         """Raises KeyError, RuntimeError or ValueError for a state that is not of such an agent."""
         if state.keys() != self.state_dict().keys():
             raise KeyError(f"{list(state)} is not {list(self.state_dict())}")
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         for name, saved in state.items():
             if name == "steps":
                 self.steps = saved
             else:
                 getattr(self, name).load_state_dict(saved)
-        for group in self.optimizer.param_groups:  # the saved state holds the old rate as well
-            group["lr"] = self.config.lr
+        # The saved state holds the rates as well, but ``config`` may have other ones now.
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 # --------------------------------------------------------------------------------------------- data

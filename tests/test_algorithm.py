@@ -690,6 +690,35 @@ def test_network_that_an_idea_replaces():
     assert len(weights_of(agent)) == sum(parameter.numel() for parameter in agent.parameters)
 
 
+def test_rates_of_an_optimiser_of_ones_own_are_resumed():
+    class Idea(CIQL):
+        def make_optimizer(self):
+            super().make_optimizer()
+            for group, lr in zip(self.optimizer.param_groups, (1e-3, 2e-3, 3e-3), strict=True):
+                group["lr"] = lr
+
+    whole, _ = trained(small(), 20, make_agent=Idea)
+    saved, _ = trained(small(), 10, make_agent=Idea)
+    state = copy.deepcopy(saved.state_dict())
+    random_state = torch.get_rng_state()
+    resumed, _ = trained(small(), 0, make_agent=Idea)
+    resumed.load_state_dict(state)
+    data = random_data()
+    torch.set_rng_state(random_state)
+    for _ in range(10):
+        resumed.update(data)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+@pytest.mark.parametrize("name", ["policy", "value", "critic", "target_critic"])
+def test_network_that_no_vector_holds_is_refused(name):
+    agent, _ = trained(small(), 0)
+    agent.prepare(random_data())
+    setattr(agent, name, copy.deepcopy(getattr(agent, name)))
+    with pytest.raises(TypeError, match="call make_optimizer again"):
+        agent.prepare(random_data())
+
+
 def test_data_are_normalised_as_the_policy_undoes_it():
     data = random_data(20)
     agent = CIQL(S, A, small())
