@@ -652,9 +652,7 @@ class CIQL:
         ]
         for network, vector in pairs:
             if by_size(network)[0].data_ptr() != vector.data_ptr():
-                raise TypeError(
-                    f"no vector holds this network, call make_optimizer again: {network}"
-                )
+                raise TypeError(f"call make_optimizer again: no vector holds {network}")
         std, mean = torch.std_mean(data.observations, 0)
         std += 1e-3
         self.policy.observation_mean.copy_(mean)
