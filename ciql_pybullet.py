@@ -52,6 +52,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -1662,6 +1663,10 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
+def taken(folder: Path) -> InputError:
+    return InputError(f"{folder} is there already; take another --name, or remove it")
+
+
 def make_folder(config: Config) -> Path:
     """The folder of a new run. Raises InputError if it cannot be made."""
     words = "-".join([printable(Path(config.dataset).stem), *varied_words(config)])
@@ -1671,7 +1676,7 @@ def make_folder(config: Config) -> Path:
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
-        raise InputError(f"{folder} is there already; take another --name, or remove it") from error
+        raise taken(folder) from error
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error}); take another --out-dir") from error
     return folder
@@ -1876,6 +1881,8 @@ def train(
         raise InputError(
             "the run is on transitions from Python; resume it there: train(config, data)"
         )
+    if config.name and not config.resume and Path(config.out_dir, config.name).exists():
+        raise taken(Path(config.out_dir, config.name))  # now, and not after compiling
     env_id = environment_id(config)
     find_wandb(config)
     with contextlib.ExitStack() as stack:
@@ -1924,6 +1931,7 @@ def train(
         pool.environment()  # waits until the workers are up, and fails here if they cannot be
 
         folder = Path(config.resume) if config.resume else make_folder(config)
+        quoted = shlex.quote(str(folder))  # as a shell takes it
         try:
             if not config.resume:
                 stack.callback(lock_folder(folder).release)
@@ -1959,14 +1967,14 @@ def train(
                     run.save()
             saved = (folder / "checkpoint.pt").exists()
             if saved and isinstance(error, OSError):
-                error.add_note(f"mend that, then go on with --resume {folder}")
+                error.add_note(f"mend that, then go on with --resume {quoted}")
             if not saved and out_of_memory(error):
                 shutil.rmtree(folder)
             raise
         if stop and (progress.evaluation_due or progress.step < config.max_steps):
             run.save()
             with contextlib.suppress(OSError):  # after a hangup there is no terminal
-                say(f"stopped at step {progress.step:,}; go on with --resume {folder}")
+                say(f"stopped at step {progress.step:,}; go on with --resume {quoted}")
             if stop[0] == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + stop[0])
@@ -1980,8 +1988,8 @@ def train(
     say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
     longer = ""
     if type(agent) is CIQL and data is None:  # others are resumed from Python
-        longer = f", or --resume {folder} --max-steps {2 * config.max_steps}"
-    say(f"next   --evaluate {folder} --film{longer}")
+        longer = f", or --resume {quoted} --max-steps {2 * config.max_steps}"
+    say(f"next   --evaluate {quoted} --film{longer}")
     return folder, curve
 
 

@@ -185,17 +185,17 @@ def test_train_can_be_called(lab, pool_here):
 
 def test_interrupted_from_python(lab, pool_here, capsys):
     """Ctrl-C raises KeyboardInterrupt once all is saved, other signals SystemExit."""
-    config = Config(**LAB_SETTINGS, name="run")
+    config = Config(**LAB_SETTINGS, name="my run")
     usual = [signal.getsignal(number) for number in ciql_pybullet.STOP_SIGNALS]
     with pytest.raises(KeyboardInterrupt):
         train(config, report=lambda row, folder: signal.raise_signal(signal.SIGINT))
-    assert load_checkpoint("runs/run")["progress"].step == 20
-    assert "stopped at step 20; go on with --resume runs/run\n" in capsys.readouterr().out
-    resumed = dataclasses.replace(config, resume="runs/run", max_steps=60)
+    assert load_checkpoint("runs/my run")["progress"].step == 20
+    assert "stopped at step 20; go on with --resume 'runs/my run'\n" in capsys.readouterr().out
+    resumed = dataclasses.replace(config, resume="runs/my run", max_steps=60)
     with pytest.raises(SystemExit) as stopped:
         train(resumed, report=lambda row, folder: signal.raise_signal(signal.SIGHUP))
     assert stopped.value.code == 128 + signal.SIGHUP
-    assert load_checkpoint("runs/run")["progress"].step == 40
+    assert load_checkpoint("runs/my run")["progress"].step == 40
     assert [signal.getsignal(number) for number in ciql_pybullet.STOP_SIGNALS] == usual
 
 
@@ -293,6 +293,8 @@ def test_names_of_folders(tmp_path):
     assert names[3] == "mine"
     with pytest.raises(ciql_pybullet.InputError, match="runs/mine is there already; take another"):
         ciql_pybullet.make_folder(Config(name="mine"))
+    with pytest.raises(ciql_pybullet.InputError, match="runs/mine is there already; take another"):
+        ciql_pybullet.train(Config(name="mine", dataset="not read.hdf5", env_id="not made"))
 
 
 def test_titles():
