@@ -25,8 +25,8 @@ target critic:
     Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
     π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
 
-y does not bootstrap after a true termination; ā are num_neg actions per state, drawn uniformly from
-the action box.
+Q1 and Q2 have a loss each, and y does not bootstrap after a true termination. exp(β · adv) has a
+cap, max_weight. ā are num_neg actions per state, drawn uniformly from the action box.
 
     python ciql_pybullet.py                       train with the settings below
     python ciql_pybullet.py --alpha 0             any setting is also a flag
@@ -105,8 +105,10 @@ class Config:
     eval_episodes: int = 5  # episodes per evaluation
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
-    batch_parts: int = 2  # CPU threads share a batch in gcd(it, batch_size) parts: another rounding
-    threads: int = 0  # CPU threads and evaluation workers, 0: one per core; they change no bit
+    batch_parts: int = (
+        2  # pieces of a batch for CPU threads (gcd with batch_size); rounds otherwise
+    )
+    threads: int = 0  # CPU threads and evaluation workers, 0: one per core; no result depends on it
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
     compile: bool = True  # compile the gradient step (about a minute once; needs a C++ compiler)
     name: str = ""  # of the run's folder; empty: data set, what is not the default, seed, time
@@ -165,7 +167,7 @@ class InputError(ValueError):
 
 
 def check(config: Config) -> None:
-    """Raise InputError for a setting of the wrong type or out of its range."""
+    """Raise InputError for a setting of the wrong type or out of its range, and a bad ``plot``."""
     for setting in dataclasses.fields(Config):
         value = getattr(config, setting.name)
         kind = type(setting.default)
@@ -189,7 +191,8 @@ def check(config: Config) -> None:
         raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg file")
     if not config.evaluate and not os.access(Path(config.plot).parent, os.W_OK | os.X_OK):
         raise InputError(
-            f"plot is {config.plot}, but {Path(config.plot).parent} cannot be written to"
+            f"plot is {config.plot}, but {Path(config.plot).parent} is not there or cannot be"
+            " written to; set another --plot"
         )
     if Path(config.name).name != config.name:
         raise InputError(
@@ -304,6 +307,7 @@ class GaussianPolicy(nn.Module):
         """σ: (action_dim,)."""
         return self.log_std.exp()
 
+    @torch.no_grad()
     def project(self, min_log_std: float) -> None:
         """Keep σ above its floor, after a gradient step.
 
@@ -321,7 +325,7 @@ class GaussianPolicy(nn.Module):
 
 
 def by_size(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module. Large ones first: in a vector their addresses stay round."""
+    """The parameters of a module. Large ones first: in a vector they stay aligned."""
     return sorted(module.parameters(), key=Tensor.numel, reverse=True)
 
 
@@ -353,18 +357,17 @@ def expectile_loss(diff: Tensor, tau: float) -> Tensor:
 
 
 def conservative_gap(q_neg: Tensor, q_data: Tensor) -> Tensor:
-    """E_ā Q(s,ā) − E_a Q(s,a): (B · num_neg,), (B,) -> (), of one critic. The gap of CQL."""
+    """E_ā Q(s,ā) − E_a Q(s,a): (B · num_neg,), (B,) -> (), of one critic. CQL, equation 2."""
     return q_neg.mean() - q_data.mean()
 
 
-def conservative_penalty(q_neg: Tensor, q_data: Tensor, clamp_open: Tensor | None = None) -> Tensor:
-    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)): (B · num_neg,), (B,) -> (), of one critic. CQL's gap, clamped.
+def conservative_penalty(gap: Tensor, clamp_open: Tensor | None = None) -> Tensor:
+    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)) of the ``conservative_gap`` of one critic: () -> ().
 
     The clamp is of the mean gap of the whole batch. A part of a batch does not know that mean, so
     it is given ``clamp_open``, 1 where the mean is above zero, else 0: clamp_open · gap has the
     value and the gradient of its share.
     """
-    gap = conservative_gap(q_neg, q_data)
     if clamp_open is None:
         return torch.relu(gap)
     return clamp_open * gap
@@ -384,7 +387,7 @@ def awr_weights(
 
 # -------------------------------------------------------------------------------------------- agent
 class Transitions(NamedTuple):
-    """N transitions, float32."""
+    """N transitions, float32; those that a caller gives to ``train`` are on the CPU."""
 
     observations: Tensor  # (N, observation_dim)
     actions: Tensor  # (N, action_dim), in [-1, 1]
@@ -393,7 +396,7 @@ class Transitions(NamedTuple):
     terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or was cut
 
 
-Metrics = dict[str, Tensor]  # what a step reports by name, each a mean over the batch, ()
+Metrics = dict[str, Tensor]  # what a step reports by name, each ()
 
 
 def find_device(name: str) -> torch.device:
@@ -407,7 +410,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise InputError(f"device is {name}, but must be auto, cpu or cuda")
-        return torch.zeros((), device=device).device
+        return torch.zeros((), device=device).device  # it is tried, and "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
         raise InputError(f"device is {name}, which is not here; use auto, cpu or cuda") from error
 
@@ -462,8 +465,9 @@ class CIQL:
     """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step.
 
     An idea that is no setting is a subclass, given to ``train`` as ``make_agent``. After replacing
-    a network it calls ``make_optimizer`` again; for one more network, made before
-    ``super().__init__``, it extends that. What a resumed run needs is in modules and optimisers.
+    a network it calls ``make_optimizer`` again. One more network is made before
+    ``super().__init__``, and joins ``parameters``, ``vectors`` and Adam's groups, last in each, in
+    a ``make_optimizer`` of its own. What a resumed run needs is in modules and optimisers.
     """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
@@ -507,13 +511,14 @@ class CIQL:
     ) -> tuple[Tensor, Metrics]:
         """The sum of the three losses (), and figures () for the log: what an idea edits.
 
-        ``batch`` is one of the equal parts of a step's batch (observations normalised), and the
-        step takes the mean of the parts. So each loss and figure must be a mean over transitions.
-        Parts run in threads: draw no random numbers here, and change no buffers. What is not such a
-        mean belongs in ``update``, as the clamp does: a part gets ``clamp_open`` (2,), one per
-        critic; None where it is the whole batch. Without ``with_penalty`` the clamp is taken to be
-        closed. The step needs the figures gap1 and gap2. ``negative_actions`` are (B, num_neg,
-        action_dim).
+        - ``batch``: one of the equal parts of a step's batch, observations normalised
+        - ``negative_actions``: (B, num_neg, action_dim)
+        - ``with_penalty``: False where the clamp is known to be closed, or not known yet
+        - ``clamp_open``: (2,), one per critic, 1 or 0; None where the part is the whole batch
+
+        The step takes the mean of its parts, so each loss and figure must be a mean over
+        transitions. What is not, as the clamp, belongs in ``update``, which needs the figures gap1
+        and gap2. Parts run in threads: draw no random numbers here, and change no buffers.
 
         No loss reaches another's network: Q̄ and y are targets, made without gradient, and the
         advantage is detached. So one backward pass of the sum serves all three.
@@ -543,8 +548,7 @@ class CIQL:
                 gap2 = conservative_gap(neg2, q2)
             if with_penalty:
                 open1, open2 = (None, None) if clamp_open is None else clamp_open
-                penalty = conservative_penalty(neg1, q1, open1)
-                penalty = penalty + conservative_penalty(neg2, q2, open2)
+                penalty = conservative_penalty(gap1, open1) + conservative_penalty(gap2, open2)
         q_loss = td_loss + c.alpha * penalty
 
         # π: cloning of the data's actions, weighted by their advantage
@@ -576,7 +580,7 @@ class CIQL:
     ) -> tuple[Tensor, Metrics]:
         """The gradient of ``losses``, one vector (P,) for the ``vectors`` together, and figures.
 
-        On CUDA it stands until the next call alone, which overwrites it.
+        On CUDA the result is valid until the next call, which overwrites it.
         """
         loss, metrics = self.losses(batch, negative_actions, with_penalty, clamp_open)
         gradients = torch.autograd.grad(loss, self.parameters)
@@ -601,7 +605,7 @@ class CIQL:
         for other, _ in parts[1:]:  # in order, whichever thread was first
             gradient += other
         gradient /= self.parts
-        figures = torch.stack([torch.stack(list(part.values())) for _, part in parts])
+        figures = torch.stack([torch.stack([part[name] for name in metrics]) for _, part in parts])
         return gradient, dict(zip(metrics, figures.mean(0).unbind(), strict=True))
 
     def update(self, data: Transitions) -> Metrics:
@@ -621,7 +625,7 @@ class CIQL:
         if self.on_cpu and gaps.max() > 0:
             clamp_open = (gaps > 0).float()
             gradient, metrics = self.mean_of_parts(*sampled, True, clamp_open)
-        metrics["clamp_open"] = (gaps.max() > 0).float()
+        metrics["clamp_open"] = (gaps.max() > 0).float()  # that of either critic
 
         if c.policy_lr_decay:
             remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
@@ -671,11 +675,11 @@ class CIQL:
         ``try``, so that another release of torch costs speed and not the run.
         """
         c = self.config
-        rows = [0] * (c.batch_size // self.parts)
+        rows = [0] * (c.batch_size // self.parts)  # any rows: the shapes count
         batch = Transitions(*(column[rows] for column in data))
         num_neg = c.num_neg if c.alpha > 0 else 0
         actions = batch.actions.new_zeros(len(rows), num_neg, self.action_dim)
-        clamp_open = batch.rewards.new_ones(2) if self.on_cpu else None
+        clamp_open = batch.rewards.new_ones(2)
         eager = self.gradients
 
         # Two functions, as the compiler's look-up among the graphs of one is not thread-safe.
@@ -687,30 +691,35 @@ class CIQL:
         ) -> tuple[Tensor, Metrics]:
             return eager(batch, actions, True, clamp_open)
 
-        def compiled(
-            batch: Transitions,
-            actions: Tensor,
-            with_penalty: bool,
-            clamp_open: Tensor | None = None,
-        ) -> tuple[Tensor, Metrics]:
-            if not self.on_cpu:  # what the last call returned has been used: it is overwritten now
-                torch.compiler.cudagraph_mark_step_begin()
-            if with_penalty:
-                return compiled_opened(batch, actions, clamp_open)
-            return compiled_closed(batch, actions)
-
         try:
             torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
             # On CUDA the kernels are started together: each takes longer to start than to run.
             mode = None if self.on_cpu else "reduce-overhead"
             compiled_closed = torch.compile(closed, fullgraph=True, mode=mode)
             compiled_opened = torch.compile(opened, fullgraph=True, mode=mode)
+
+            def compiled(
+                batch: Transitions,
+                actions: Tensor,
+                with_penalty: bool,
+                clamp_open: Tensor | None = None,
+            ) -> tuple[Tensor, Metrics]:
+                if (
+                    not self.on_cpu
+                ):  # what the last call returned has been used: it is overwritten now
+                    torch.compiler.cudagraph_mark_step_begin()
+                if with_penalty:
+                    return compiled_opened(batch, actions, clamp_open)
+                return compiled_closed(batch, actions)
+
             with compiler_settings(self.on_cpu):
                 if self.on_cpu:
                     compiled(batch, actions, False)
-                if c.alpha > 0 or not self.on_cpu:
-                    for _ in range(3):  # on CUDA the second call records what later ones start
+                    if c.alpha > 0:
                         compiled(batch, actions, True, clamp_open)
+                else:
+                    for _ in range(3):  # CUDA: to compile, to record, and to start what is recorded
+                        compiled(batch, actions, True)
         except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
@@ -1088,7 +1097,7 @@ def find_dataset(dataset: str) -> Path:
         ) from error
 
 
-def note_ends(dataset: Dataset, environment: Environment, limit: int | None) -> None:
+def note_ends(dataset: Dataset, environment: Environment, limit: int) -> None:
     """Print a NOTE where time limits may have been read as terminations."""
     if not len(dataset.ended_after):
         return
@@ -1268,7 +1277,8 @@ class EvaluationPool:
             self.executor = concurrent.futures.ProcessPoolExecutor(
                 self.size, context, initializer=start_worker
             )
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # it may have unblocked two
+            # multiprocessing's resource tracker, which it starts, unblocks SIGINT and SIGTERM.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             descriptions = [  # one per worker: the executor starts a process per task
                 self.executor.submit(describe_environment, self.env_id, self.film)
                 for _ in range(self.size)
@@ -1293,8 +1303,9 @@ class EvaluationPool:
     ) -> np.ndarray | None:
         """Returns (len(seeds),) of episodes that ``policy`` plays; None once there is a ``stop``.
 
-        The first is filmed as well, if ``film`` is a path. Where a worker dies, all play again in
-        new ones. Raises ChildProcessError if that fails too.
+        ``stop`` is the list that ``stop_signals`` adds to meanwhile. The first episode is filmed as
+        well, if ``film`` is a path. Where a worker dies, all play again in new ones. Raises
+        ChildProcessError if that fails too.
         """
         # The workers read the policy from a file, as a dead worker may leave the pipe full.
         with tempfile.NamedTemporaryFile() as file:
@@ -1316,8 +1327,10 @@ class EvaluationPool:
                     returns = np.array([episode.result() for episode in episodes])
                     if film:
                         fault = filmed.exception()
-                        why_not = f"NOTE   there is no film: {printable(str(fault))}"
-                        say(why_not if fault else f"film   {film}")
+                        if fault:
+                            say(f"NOTE   there is no film: {printable(str(fault))}")
+                        else:
+                            say(f"film   {film}")
                     return returns
                 except BrokenProcessPool:
                     self.close()
@@ -1340,10 +1353,10 @@ def evaluate(
     stop: Sequence[int] = (),
     film: str = "",
 ) -> dict[str, float]:
-    """Evaluate ``policy`` as it is after ``step``; print a line; its columns of metrics.csv.
+    """Play ``policy``, as it is after ``step``; prints a line, returns columns of metrics.csv.
 
-    The episodes are new at each step, and the same in every run of a seed. No columns: there was a
-    ``stop``.
+    The episodes are new at each step, and the same in every run of a seed. None are returned once
+    there is a ``stop``.
     """
     seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.eval_episodes)
     returns = pool.play(policy, seeds.tolist(), stop, film)
@@ -1550,8 +1563,8 @@ def method_name(config: Config, agent: str = "CIQL") -> str:
 
 def title_of(config: Config, agent: str, source: str) -> str:
     """The picture's title: method, data set, and what is not the default."""
-    published = source and config.dataset in DATASETS
-    note = " (re-collected, not the published file)" if published else ""
+    recollected = source and config.dataset in DATASETS
+    note = " (re-collected, not the published file)" if recollected else ""
     stem = printable(Path(config.dataset).stem)
     return f"{method_name(config, agent)} on {stem}{note}\n{', '.join(varied_words(config))}"
 
@@ -1796,24 +1809,27 @@ class Run:
                     progress.sums[name] = progress.sums.get(name, 0) + figure
                 progress.summed += 1
                 progress.step += 1
+                is_last = progress.step == config.max_steps
+                progress.evaluation_due = is_last or progress.step % config.eval_interval == 0
                 bar.update()
                 if progress.step % config.log_interval == 0:
                     self.check_finite()
                     self.log_losses((progress.step - timed) / (time.perf_counter() - since))
                     since = time.perf_counter()
                     timed = progress.step
-                is_last = progress.step == config.max_steps
-                progress.evaluation_due = is_last or progress.step % config.eval_interval == 0
 
     def log_losses(self, steps_per_second: float) -> None:
-        """Print the means of the metrics since the last such line, and begin their row."""
+        """Begin the row of the means of the metrics since the last one, and print them.
+
+        A line that cannot be printed, to a full disk or a closed pipe, loses none of them.
+        """
         progress = self.progress
         losses = {name: (total / progress.summed).item() for name, total in progress.sums.items()}
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        say(f"step {progress.step:>9,}  {figures}  {steps_per_second:.0f} steps/s")
         progress.row = {"step": progress.step, **losses, "steps_per_second": steps_per_second}
         progress.sums = {}
         progress.summed = 0
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        say(f"step {progress.step:>9,}  {figures}  {steps_per_second:.0f} steps/s")
 
     def evaluate(self, stop: Sequence[int]) -> None:
         """Evaluate and save, unless there is a ``stop``: then it stays due."""
@@ -1888,7 +1904,7 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoint = None
         if config.resume:
-            if Path(config.resume, "checkpoint.pt").exists():
+            if Path(config.resume, "checkpoint.pt").exists():  # no lock file in any other folder
                 stack.callback(lock_folder(Path(config.resume)).release)
             checkpoint = load_checkpoint(config.resume)
         threads = stack.enter_context(torch_settings(config))
@@ -1914,7 +1930,10 @@ def train(
         prepared = agent.prepare(dataset.transitions)
         progress = restore(checkpoint, agent, config, checksum) if checkpoint else Progress()
         if progress.step == config.max_steps and not progress.evaluation_due:
-            say(f"done   {config.resume} has all of its {progress.step:,} steps: nothing is left")
+            say(
+                f"done   {config.resume} has all of its {progress.step:,} steps: nothing is left;"
+                " raise --max-steps, or play it with --evaluate"
+            )
             return Path(config.resume), curve_of(progress.rows)
         where = f"cpu, {min(threads, agent.parts)} threads"
         if not agent.on_cpu:
@@ -1932,13 +1951,17 @@ def train(
 
         folder = Path(config.resume) if config.resume else make_folder(config)
         quoted = shlex.quote(str(folder))  # as a shell takes it
+        is_of_command_line = type(agent) is CIQL and data is None
+        how_to_go_on = f"--resume {quoted}"
+        if not is_of_command_line:
+            how_to_go_on = f"train(config, ...) in Python, where config.resume is {str(folder)!r}"
         try:
             if not config.resume:
                 stack.callback(lock_folder(folder).release)
             settings = json.dumps(dataclasses.asdict(config), indent=2)
             write_whole(folder / "config.json", settings.encode())
             log = Log(folder, config, progress.rows)
-        except InputError:
+        except (InputError, OSError):
             if not config.resume:
                 shutil.rmtree(folder)
             raise
@@ -1962,19 +1985,21 @@ def train(
         try:
             run.learn(stop, report)
         except Exception as error:
+            # The state is whole: between two steps, or at an evaluation that can be taken again.
             if isinstance(error, OSError) or progress.evaluation_due:
                 with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
                     run.save()
             saved = (folder / "checkpoint.pt").exists()
             if saved and isinstance(error, OSError):
-                error.add_note(f"mend that, then go on with --resume {quoted}")
-            if not saved and out_of_memory(error):
+                error.add_note(f"mend that, then go on with {how_to_go_on}")
+            if not saved and out_of_memory(error):  # settings that cannot be leave nothing behind
                 shutil.rmtree(folder)
-            raise
+            if not (stop and isinstance(error, OSError)):  # a hangup takes the terminal as well
+                raise
         if stop and (progress.evaluation_due or progress.step < config.max_steps):
             run.save()
             with contextlib.suppress(OSError):  # after a hangup there is no terminal
-                say(f"stopped at step {progress.step:,}; go on with --resume {quoted}")
+                say(f"stopped at step {progress.step:,}; go on with {how_to_go_on}")
             if stop[0] == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + stop[0])
@@ -1986,9 +2011,7 @@ def train(
         score = f", score {environment.score(np.nanmean(last)):.1f}"
     say(f"final  {np.nanmean(last):.1f} is the mean of the last {len(last)} evaluations{score}")
     say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
-    longer = ""
-    if type(agent) is CIQL and data is None:  # others are resumed from Python
-        longer = f", or --resume {quoted} --max-steps {2 * config.max_steps}"
+    longer = f", or {how_to_go_on} --max-steps {2 * config.max_steps}" if is_of_command_line else ""
     say(f"next   --evaluate {quoted} --film{longer}")
     return folder, curve
 
@@ -2005,6 +2028,8 @@ def parse(arguments: Sequence[str]) -> Config:
     if config.resume and config.evaluate:
         raise InputError("resume and evaluate are both set; give one of the two")
     run = config.resume or config.evaluate
+    if run and config.name:
+        raise InputError(f"name is {config.name}, but {run} has its own; leave it out")
     if run:
         saved = load_checkpoint(run)["config"]
         own = {"resume": config.resume, "evaluate": config.evaluate, "film": False, "name": ""}
@@ -2065,7 +2090,11 @@ def complain(cause: object) -> None:
 
 
 def main() -> None:
-    """The command line. Exit codes: 2 bad input, 1 a fault of the machine, 128 + n signal n."""
+    """The command line.
+
+    Exit codes: 2 for bad input, or settings too large for the memory; 1 for losses not finite or a
+    fault of the machine; 128 + n for signal n.
+    """
     prepare_process()
     code = 0
     try:

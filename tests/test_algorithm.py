@@ -19,6 +19,7 @@ from ciql_pybullet import (
     Transitions,
     ValueNetwork,
     awr_weights,
+    conservative_gap,
     conservative_penalty,
     expectile_loss,
     thread_pool,
@@ -406,11 +407,12 @@ def test_expectile_loss_finds_the_expectile():
 def test_conservative_penalty_by_hand():
     q_data = torch.tensor([1.0, 3.0])
     q_neg = torch.tensor([4.0, 2.0, 3.0, 7.0])
-    assert conservative_penalty(q_neg, q_data).item() == 2.0
-    assert conservative_penalty(q_neg - 3, q_data).item() == 0.0
+    gap = conservative_gap(q_neg, q_data)
+    assert gap.item() == 2.0
+    assert conservative_penalty(gap).item() == 2.0
+    assert conservative_penalty(gap - 3).item() == 0.0
     for clamp_open, expected in ((1.0, -1.0), (0.0, 0.0)):  # of the whole batch, for a part
-        found = conservative_penalty(q_neg - 3, q_data, torch.tensor(clamp_open))
-        assert found.item() == expected
+        assert conservative_penalty(gap - 3, torch.tensor(clamp_open)).item() == expected
 
 
 def test_awr_weights_by_hand():

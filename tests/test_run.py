@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -342,6 +343,7 @@ def test_resuming(lab, pool_here, monkeypatch, capsys):
         (["--max-steps", "10"], "max_steps is 10, but runs/run is at step 40; raise it"),
         (["--hidden-sizes", "9", "--max-steps", "50"], "an agent of another size"),
         (["--evaluate", "runs/run"], "resume and evaluate are both set"),
+        (["--name", "other"], "name is other, but runs/run has its own"),
     ):
         code, _, err = resume(*arguments)
         assert code == 2 and cause in err and err.count("\n") == 1
@@ -368,6 +370,39 @@ def test_resuming(lab, pool_here, monkeypatch, capsys):
     assert code == 2 and "was trained on other data than elsewhere/same.hdf5; put those" in err
     assert [row["step"] for row in metrics(lab / "runs/run")][-3:] == ["50", "60", "70"]
     assert (lab / "runs/run/metrics.csv").read_text().count("step") == 2  # one head of the table
+
+
+def test_lines_that_cannot_be_printed(lab, pool_here, monkeypatch):
+    """A log that is full at any line loses no row and no evaluation; a hangup stays one."""
+    config = Config(**LAB_SETTINGS)
+    whole, _ = train(config)
+    for wanted in range(6):  # 10, 20 and its evaluation, 30, 40 and its evaluation
+        lines = iter(range(6))
+
+        def say(line, lines=lines, wanted=wanted):
+            if line.startswith("step") and next(lines) == wanted:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        name = f"run{wanted}"
+        with monkeypatch.context() as patched:
+            patched.setattr(ciql_pybullet, "say", say)
+            with pytest.raises(OSError, match="No space left") as failed:
+                train(dataclasses.replace(config, name=name))
+        assert f"--resume runs/{name}" in failed.value.__notes__[0]
+        folder, _ = train(dataclasses.replace(config, resume=f"runs/{name}"))
+        assert_same_run(whole, folder)
+
+    def hang_up(line):
+        if line.startswith("step"):
+            signal.raise_signal(signal.SIGHUP)
+        if line.startswith(("step", "stopped")):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ciql_pybullet, "say", hang_up)
+    with pytest.raises(SystemExit) as stopped:
+        train(dataclasses.replace(config, name="hung-up"))
+    assert stopped.value.code == 129
+    assert load_checkpoint("runs/hung-up")["progress"].step == 10
 
 
 def test_resumed_run_logs_one_figure_more(lab, pool_here, monkeypatch):
