@@ -56,6 +56,7 @@ class Study:
     ray_address: str = ""  # of a Ray cluster, auto or HOST:PORT; none: this machine
     gpu_share: float = 0.25  # of a GPU per run, where there is one
     summarize: str = ""  # train nothing: print and draw the results in this study's folder again
+    baseline: str = ""  # with --summarize: the method that differences are to; none: the first
 
 
 @dataclass
@@ -110,6 +111,8 @@ def parse(arguments: Sequence[str]) -> tuple[Study, dict[str, Run]]:
     own, common = tyro.cli(Study, args=arguments, prog="study.py", return_unknown_args=True)
     if not 0 < own.gpu_share <= 1:
         raise InputError(f"gpu_share is {own.gpu_share}, but must be in (0, 1]")
+    if own.baseline and not own.summarize:
+        raise InputError("--baseline is set, but works with --summarize alone")
     storage = str(own.study.absolute())
     if own.storage:
         place = own.storage if "://" in own.storage else Path(own.storage).absolute()
@@ -495,13 +498,18 @@ def table(runs: pd.DataFrame, figure: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
 
-def summarize(folder: Path) -> None:
+def summarize(folder: Path, baseline: str = "") -> None:
     """Print the statistics of a study's two tables and draw its pictures. Raises InputError."""
     path = folder / "summary.csv"
     try:
         summary = pd.read_csv(path, dtype={"label": str, "error": str})
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a study's folder") from error
+    if baseline:
+        if baseline not in set(summary["label"]):
+            methods = ", ".join(summary["label"].unique())
+            raise InputError(f"baseline is {baseline}, but the methods of {folder} are {methods}")
+        summary = summary.iloc[np.argsort(summary["label"] != baseline, kind="stable")]
     complete = summary[summary["state"] == "complete"]
     scored = complete.dropna(subset="score")
     for dataset, runs in complete.groupby("dataset", sort=False):
@@ -602,7 +610,7 @@ def main() -> None:
     try:
         own, runs = parse(sys.argv[1:])
         if own.summarize:
-            summarize(Path(own.summarize))
+            summarize(Path(own.summarize), own.baseline)
         else:
             code = run_study(own, runs)
     except KeyboardInterrupt:

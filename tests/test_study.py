@@ -140,6 +140,19 @@ def test_summarize_pairs_the_seeds(tmp_path, capsys):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_summarize_to_a_baseline(monkeypatch, capsys, tmp_path):
+    """Differences, and the order of the table, are to the method that is named."""
+    write_tables(tmp_path, *summary_of({"one": [1.0, 2, 3], "two": [5.0, 7, 9]}))
+    command = ["--summarize", str(tmp_path), "--baseline"]
+    code, out, _ = run_main(monkeypatch, capsys, [*command, "two"], study.main)
+    pattern = r"^two +3 +7\.0 \[.*\] *\none +3 +2\.0 \[.*\] +-5\.0 \[-7\.5, -2\.5\]$"
+    assert code == 0 and re.search(pattern, out, re.MULTILINE)
+    before = snapshot(tmp_path)
+    code, _, error = run_main(monkeypatch, capsys, [*command, "three"], study.main)
+    assert (code, error.count("\n")) == (2, 1) and "the methods of" in error
+    assert "are one, two" in error and snapshot(tmp_path) == before
+
+
 def test_summarize_several_data_sets(tmp_path, capsys):
     """Scores count by their mean per seed, for methods that ran on all; from 8 seeds on IQMs."""
     rng = np.random.default_rng(0)
@@ -227,6 +240,7 @@ def no_ray(monkeypatch):
         (["--study", "old", "--datasets", "good.hdf5", *HOPPER], "is of another version"),
         (["--evaluate", "nothing"], "nothing is not there"),
         (["--summarize", "nothing"], "name a study's folder"),
+        (["--baseline", "CIQL"], "works with --summarize alone"),
     ],
 )
 def test_bad_study(monkeypatch, capsys, tmp_path, arguments, named):
