@@ -59,6 +59,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -189,12 +190,17 @@ def check(config: Config) -> None:
         )
     if Path(config.plot).suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg file")
-    if not config.evaluate and not os.access(Path(config.plot).parent, os.W_OK | os.X_OK):
-        raise InputError(
-            f"plot is {config.plot}, but {Path(config.plot).parent} is not there or cannot be"
-            " written to; set another --plot"
-        )
-    if Path(config.name).name != config.name:
+    if not config.evaluate:
+        plot = Path(config.plot)
+        try:
+            with tempfile.NamedTemporaryFile(dir=plot.parent, prefix=f".{plot.name}"):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"plot is {plot}, but {plot.parent} cannot be written to ({error.strerror}); make"
+                " that folder, or set another plot"
+            ) from error
+    if Path(config.name).name != config.name or config.name == "..":
         raise InputError(
             f"name is {config.name}, but must be one folder's name; --out-dir says where"
         )
@@ -826,6 +832,8 @@ def read_columns(path: str | Path) -> tuple[dict[str, np.ndarray], str]:
         if isinstance(error, OSError) and error.errno:
             cause = os.strerror(error.errno)  # without h5py's own story
         remedy = "is it a whole HDF5 file with observations, actions, rewards and terminals?"
+        if isinstance(error, FileNotFoundError):
+            remedy = "set dataset to its path"
         raise InputError(f"{path}: cannot be read ({cause}); {remedy}") from error
     for key in ("rewards", "terminals", "timeouts"):
         if key in columns and columns[key].shape[1:] == (1,):  # stored as (N, 1) or (N,)
@@ -1078,7 +1086,7 @@ def find_dataset(dataset: str) -> Path:
     except RuntimeError as error:
         raise InputError(f"{dataset} has no folder ({error}); set D4RL_DATASET_DIR") from error
     cached = folder / f"{dataset}.hdf5"
-    if cached.exists():
+    if os.path.exists(cached):  # Path.exists raises for a folder that may not be looked into
         return cached
     env_id, key = DATASETS[dataset]
     url = DOWNLOAD_URL.format(key=key, dataset=dataset)
@@ -1145,7 +1153,7 @@ def environment_id(config: Config) -> str:
     if config.dataset in DATASETS:
         return DATASETS[config.dataset][0]
     path = Path(config.dataset)
-    if path.suffix in (".hdf5", ".h5") or path.exists():
+    if path.suffix in (".hdf5", ".h5") or os.path.exists(path):
         raise InputError(f"{path}: which environment? Set env_id{fitting_robot(path)}")
     raise InputError(
         f"dataset is {path}, but must be an .hdf5 file, with env_id, or of {', '.join(DATASETS)}"
@@ -1497,14 +1505,22 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     """The checkpoint in a run folder, on the CPU. Raises InputError if it cannot be read."""
     folder = Path(folder)
     path = folder / "checkpoint.pt"
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; name the run's folder, {folder.parent}")
-    if not folder.exists():
-        raise InputError(f"{folder} is not there; name the folder of a run, as the log gives it")
-    if not path.exists():
-        raise InputError(f"{folder} has no checkpoint.pt; a run has one after its first evaluation")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+    except NotADirectoryError as error:
+        raise InputError(f"{folder} is a file; name the run's folder, {folder.parent}") from error
+    except FileNotFoundError as error:
+        if folder.exists():
+            cause = "has no checkpoint.pt; a run has one after its first evaluation"
+        else:
+            cause = "is not there; name the folder of a run, as the log gives it"
+        raise InputError(f"{folder} {cause}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); is it yours?") from error
+    try:
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load looks at no checksum
+            raise ValueError("a part of it has changed")
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         checkpoint["config"] = config_from_json(checkpoint["config"])
         checkpoint["progress"] = Progress(**checkpoint["progress"])
         return checkpoint
@@ -1897,14 +1913,16 @@ def train(
         raise InputError(
             "the run is on transitions from Python; resume it there: train(config, data)"
         )
-    if config.name and not config.resume and Path(config.out_dir, config.name).exists():
+    if config.name and not config.resume and os.path.exists(Path(config.out_dir, config.name)):
         raise taken(Path(config.out_dir, config.name))  # now, and not after compiling
     env_id = environment_id(config)
     find_wandb(config)
     with contextlib.ExitStack() as stack:
         checkpoint = None
         if config.resume:
-            if Path(config.resume, "checkpoint.pt").exists():  # no lock file in any other folder
+            if os.path.exists(
+                Path(config.resume, "checkpoint.pt")
+            ):  # no lock file in any other folder
                 stack.callback(lock_folder(Path(config.resume)).release)
             checkpoint = load_checkpoint(config.resume)
         threads = stack.enter_context(torch_settings(config))

@@ -289,7 +289,7 @@ def paths_by_kind(recipe: Recipe) -> tuple[str, dict[str, pathlib.Path]]:
         )
     paths = {match[2]: folder / f"{match[0]}.hdf5" for match in found if match}
     for path in paths.values():
-        if path.exists():
+        if os.path.exists(path):
             stop(f"{path} is there already; move it away or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ def only_process(folder: Path) -> Iterator[None]:
 
     Raises InputError if the folder cannot be had.
     """
-    is_new = not folder.exists()
+    is_new = not os.path.exists(folder)
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import filelock
@@ -79,7 +80,9 @@ def fails(monkeypatch, capsys, folder, arguments, expected=2):
         ({"hidden_sizes": ()}, "hidden_sizes is ()"),
         ({"matmul_precision": "low"}, "matmul_precision is 'low'"),
         ({"plot": "no/such/folder/p.png"}, "plot is no/such/folder/p.png"),
+        ({"plot": f"{'x' * 300}.png"}, "cannot be written to (File name too long)"),
         ({"plot": "picture.jpg"}, "plot is picture.jpg"),
+        ({"name": ".."}, "name is .."),
         ({"name": "a/b"}, "name is a/b"),
     ],
 )
@@ -108,6 +111,9 @@ def test_every_range_lets_its_defaults_through():
         (["--evaluate", "nothing"], "nothing is not there; name the folder of a run"),
         (["--resume", "a_folder"], "a_folder has no checkpoint.pt"),
         (["--evaluate", "a_folder/a_file"], "a_folder/a_file is a file; name the run's folder"),
+        (["--resume", "x" * 300], "xxx/checkpoint.pt cannot be read (File name too long)"),
+        (["--evaluate", "x" * 300], "xxx/checkpoint.pt cannot be read (File name too long)"),
+        (["--dataset", "x" * 300], "xxx, but must be an .hdf5 file"),
         (["--resume", "a_folder", "--evaluate", "a_folder"], "resume and evaluate are both set"),
         (["--wandb-project", "p"], "pip install wandb"),
     ],
@@ -257,9 +263,12 @@ def test_file_without_permission(tmp_path):
 
 def test_out_dir_that_cannot_be_made(monkeypatch, capsys, lab, pool_here):
     (lab / "a_file").write_text("")
+    (lab / "runs").mkdir()
     assert "Not a directory" in fails(
         monkeypatch, capsys, lab, [*LAB_FLAGS, "--out-dir", "a_file/runs"]
     )
+    error = fails(monkeypatch, capsys, lab, [*LAB_FLAGS, "--name", "x" * 300])
+    assert "xxx cannot be made ([Errno 36] File name too long" in error
 
 
 def test_names_that_are_not_utf8(lab, pool_here, monkeypatch, capsys):
@@ -286,7 +295,17 @@ def test_damaged_checkpoint(lab, pool_here, monkeypatch, capsys):
     whole = path.read_bytes()
     torch.save({"step": 3}, lab / "old.pt")
     old = (lab / "old.pt").read_bytes()
-    for content in (b"", b"PK\x03\x04 no zip", whole[:-500], pickle.dumps(Malicious(), 2), old):
+    entry = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.file_size)
+    flipped = bytearray(whole)
+    flipped[entry.header_offset + 300] ^= 1  # a number in a tensor
+    for content in (
+        bytes(flipped),
+        b"",
+        b"PK\x03\x04 no zip",
+        whole[:-500],
+        pickle.dumps(Malicious(), 2),
+        old,
+    ):
         path.write_bytes(content)
         for flag in ("--resume", "--evaluate"):
             error = fails(monkeypatch, capsys, lab, [flag, "runs/run"])
