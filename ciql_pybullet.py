@@ -106,9 +106,7 @@ class Config:
     eval_episodes: int = 5  # episodes per evaluation
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
-    batch_parts: int = (
-        2  # pieces of a batch for CPU threads (gcd with batch_size); rounds otherwise
-    )
+    batch_parts: int = 2  # pieces of a batch for CPU threads (gcd with batch_size); sets rounding
     threads: int = 0  # CPU threads and evaluation workers, 0: one per core; no result depends on it
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
     compile: bool = True  # compile the gradient step (about a minute once; needs a C++ compiler)
