@@ -531,7 +531,8 @@ def draw_curves(folder: Path, complete: pd.DataFrame) -> None:
     keys = ["dataset", "label", "seed"]
     curves = pd.read_csv(folder / "curves.csv", dtype={"label": str}).merge(complete[keys])
     datasets = dict(list(complete.groupby("dataset", sort=False)))
-    figure = Figure(figsize=(max(9, 6 * len(datasets)), 4.5), layout="constrained")
+    height = 4.5 + 0.2 * complete["label"].nunique()  # the legend is below: labels may be long
+    figure = Figure(figsize=(max(9, 6 * len(datasets)), height), layout="constrained")
     panels = figure.subplots(1, len(datasets), squeeze=False)[0]
     for axes, (dataset, runs) in zip(panels, datasets.items(), strict=True):
         of_dataset = curves[curves["dataset"] == dataset]
@@ -547,7 +548,7 @@ def draw_curves(folder: Path, complete: pd.DataFrame) -> None:
         if env_id in ciql.ROBOTS:
             ciql.draw_score(axes, ciql.ROBOTS[env_id])
         axes.set(xlabel="gradient steps", ylabel="return of an episode", title=dataset)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(folder / "study_returns.png", dpi=100)
 
 
@@ -555,7 +556,8 @@ def draw_scores(folder: Path, scored: pd.DataFrame) -> None:
     """Write study_scores.png: final scores, data sets side by side; seeds, mean and interval."""
     datasets = list(scored["dataset"].unique())
     labels = scored["label"].unique()
-    figure = Figure(figsize=(max(6, 1.8 * len(datasets) + 2), 4.5), layout="constrained")
+    size = (max(6, 1.8 * len(datasets) + 2), 4.5 + 0.2 * len(labels))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     for n, label in enumerate(labels):
         runs = scored[scored["label"] == label]
@@ -567,7 +569,7 @@ def draw_scores(folder: Path, scored: pd.DataFrame) -> None:
     axes.set_xticks(range(len(datasets)), names)
     axes.set(ylabel="normalised score (0 random, 100 expert)")
     axes.set(title="final scores: seeds, mean and 95 % interval")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(folder / "study_scores.png", dpi=100)
 
 
