@@ -708,9 +708,7 @@ class CIQL:
                 with_penalty: bool,
                 clamp_open: Tensor | None = None,
             ) -> tuple[Tensor, Metrics]:
-                if (
-                    not self.on_cpu
-                ):  # what the last call returned has been used: it is overwritten now
+                if not self.on_cpu:  # what the last call returned is overwritten now: it was used
                     torch.compiler.cudagraph_mark_step_begin()
                 if with_penalty:
                     return compiled_opened(batch, actions, clamp_open)
@@ -1918,9 +1916,8 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoint = None
         if config.resume:
-            if os.path.exists(
-                Path(config.resume, "checkpoint.pt")
-            ):  # no lock file in any other folder
+            # Any other folder is left without a lock file.
+            if os.path.exists(Path(config.resume, "checkpoint.pt")):
                 stack.callback(lock_folder(Path(config.resume)).release)
             checkpoint = load_checkpoint(config.resume)
         threads = stack.enter_context(torch_settings(config))

@@ -74,10 +74,8 @@ class Rows:
     def __init__(self) -> None:
         self.rows: list[tuple[np.ndarray, np.ndarray, float, float]] = []
         self.returns: list[float] = []  # of the whole episodes
-        self.reward, self.episode_return = (
-            0.0,
-            0.0,
-        )  # the reward that arrived with the coming observation
+        self.reward = 0.0  # the one that arrived with the coming observation
+        self.episode_return = 0.0
 
     def step(
         self, env: gymnasium.Env, observation: np.ndarray, action: np.ndarray
