@@ -11,8 +11,10 @@
 #     "matplotlib==3.11.2",
 #     "pillow==13.0.0",
 #     "pooch==1.9.0",
+#     "psutil==7.2.2",
 #     "tensorboard==2.21.0",
 #     "tqdm==4.70.1",
+#     "typeguard==4.6.1",
 #     "tyro==1.0.17",
 # ]
 # ///
@@ -40,38 +42,44 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import importlib.util
-import inspect
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import pickle
+import platform
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
 import threading
 import time
+import traceback
+import typing
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":  # until training starts, Ctrl-C ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import filelock
 import h5py
 import numpy as np
+import psutil
 import torch
+import typeguard
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 
@@ -106,10 +114,9 @@ class Config:
     eval_episodes: int = 5  # episodes per evaluation
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
-    batch_parts: int = 2  # pieces of a batch for CPU threads (gcd with batch_size); sets rounding
-    threads: int = 0  # CPU threads and evaluation workers, 0: one per core; no result depends on it
+    threads: int = 0  # CPU threads; 0: one per core, at most four
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
-    compile: bool = True  # compile the gradient step (about a minute once; needs a C++ compiler)
+    compile: bool = True  # compile the losses (about a minute once; needs a C++ compiler)
     name: str = ""  # of the run's folder; empty: data set, what is not the default, seed, time
     plot: str = "eval_returns.png"  # picture of the evaluation returns
     out_dir: str = "runs"  # every run makes a folder in here: settings, metrics, checkpoint
@@ -136,29 +143,28 @@ RANGES = {  # intervals: a round bracket leaves its end out
     "log_interval": ("[", 1, math.inf, ")"),
     "eval_interval": ("[", 1, math.inf, ")"),
     "eval_episodes": ("[", 1, math.inf, ")"),
-    "batch_parts": ("[", 1, math.inf, ")"),
     "threads": ("[", 0, math.inf, ")"),
 }
-# Settings that change what is learned: they name a run, and a resumed run notes their changes.
-LEARNING = (
-    "max_episode_steps",
-    "gamma",
-    "tau",
-    "beta",
-    "alpha",
-    "num_neg",
-    "polyak",
-    "clamp_advantage",
-    "max_weight",
-    "hidden_sizes",
-    "min_log_std",
-    "lr",
-    "policy_lr_decay",
-    "batch_size",
-    "batch_parts",
-    "matmul_precision",
-    "seed",
-)
+# All settings but these change what is learned. Those name a run, and it is noted when a resumed
+# run has others: so a setting of your own needs its line in Config and no more.
+NEUTRAL_SETTINGS = {
+    "dataset",
+    "env_id",
+    "max_steps",
+    "log_interval",
+    "eval_interval",
+    "eval_episodes",
+    "device",
+    "threads",
+    "compile",
+    "name",
+    "plot",
+    "out_dir",
+    "wandb_project",
+    "film",
+    "resume",
+    "evaluate",
+}
 
 
 class InputError(ValueError):
@@ -166,57 +172,56 @@ class InputError(ValueError):
 
 
 def check(config: Config) -> None:
-    """Raise InputError for a setting of the wrong type or out of its range, and a bad ``plot``."""
-    for setting in dataclasses.fields(Config):
-        value = getattr(config, setting.name)
-        kind = type(setting.default)
-        is_number = type(value) is int and kind is float
-        if type(value) is not kind and not is_number:
-            raise InputError(f"{setting.name} is {value!r}, but must be of type {kind.__name__}")
+    """Raise InputError for a setting of the wrong type or out of its range."""
+    for name, kind in typing.get_type_hints(Config).items():
+        value = getattr(config, name)
+        try:
+            typeguard.check_type(value, kind)
+            str(value).encode()
+        except (typeguard.TypeCheckError, UnicodeEncodeError) as error:
+            raise InputError(f"{name} is {value!r}, which cannot be: {error}") from error
     for name, (start, low, high, end) in RANGES.items():
         value = getattr(config, name)
         above = low < value if start == "(" else low <= value
         below = value < high if end == ")" else value <= high
         if not (above and below):
             raise InputError(f"{name} is {value}, but must be in {start}{low}, {high}{end}")
-    sizes = config.hidden_sizes
-    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise InputError(f"hidden_sizes is {sizes}, but must be one positive number per layer")
-    if config.matmul_precision not in ("highest", "high", "medium"):
-        raise InputError(
-            f"matmul_precision is {config.matmul_precision!r}, not highest, high, medium"
-        )
-    if Path(config.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"plot is {config.plot}, but must be a .png, .pdf or .svg file")
-    if not config.evaluate:
-        plot = Path(config.plot)
-        try:
-            with tempfile.NamedTemporaryFile(dir=plot.parent, prefix=f".{plot.name}"):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"plot is {plot}, but {plot.parent} cannot be written to ({error.strerror}); make"
-                " that folder, or set another plot"
-            ) from error
+    if not config.hidden_sizes or min(config.hidden_sizes) < 1:
+        raise InputError(f"hidden_sizes is {config.hidden_sizes}, but must be positive numbers")
+    plot = Path(config.plot)
+    if plot.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"plot is {plot}, but must be a .png, .pdf or .svg file")
+    if not os.access(plot.parent, os.W_OK):
+        raise InputError(f"plot is {plot}, but the folder {plot.parent} is not there to write in")
     if Path(config.name).name != config.name or config.name == "..":
+        raise InputError(f"name is {config.name}, but must be one folder's name; see --out-dir")
+    if config.resume and config.evaluate:
+        raise InputError("resume and evaluate are both set; give one of the two")
+    if config.name and (config.resume or config.evaluate):
         raise InputError(
-            f"name is {config.name}, but must be one folder's name; --out-dir says where"
+            f"name is {config.name}, but a run that is there has its own; leave it out"
         )
+    if config.wandb_project:
+        spec = importlib.util.find_spec("wandb")
+        if spec is None or spec.origin is None:  # a folder of that name has no origin
+            raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
 
 
 def differences(config: Config, other: Config) -> dict[str, Any]:
-    """The learning settings of ``config`` that are not those of ``other``."""
+    """The settings of ``config`` that change what is learned and are not those of ``other``."""
     return {
-        name: getattr(config, name)
-        for name in LEARNING
-        if getattr(config, name) != getattr(other, name)
+        name: value
+        for name, value in vars(config).items()
+        if name not in NEUTRAL_SETTINGS and value != getattr(other, name)
     }
 
 
 def varied_words(config: Config) -> list[str]:
     """What is not the default, and the seed, as words: alpha0, no-clamp_advantage, seed3."""
+    varied = differences(config, Config())
+    varied.pop("seed", None)
     words = []
-    for name, value in (differences(config, Config()) | {"seed": config.seed}).items():
+    for name, value in varied.items():
         if isinstance(value, bool):
             words.append(name if value else f"no-{name}")
         elif isinstance(value, tuple):
@@ -225,16 +230,11 @@ def varied_words(config: Config) -> list[str]:
             words.append(f"{name}{value:g}")
         else:
             words.append(f"{name}{value}")
-    return words
+    return [*words, f"seed{config.seed}"]
 
 
 # ------------------------------------------------------------------------------------------- output
 say = tqdm.write  # a line of the log on stdout, above a progress bar if there is one
-
-
-def printable(text: str) -> str:
-    """``text`` as it can be printed and stored: a file's name need not be UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -270,17 +270,20 @@ class ValueNetwork(nn.Module):
         return self.v(observations).squeeze(-1)
 
 
-class DoubleQNetwork(nn.Module):
-    """Q1(s, a) and Q2(s, a): (B, observation_dim), (B, action_dim) -> two (B,)."""
+class QNetworks(nn.Module):
+    """Q1(s, a), Q2(s, a), ...: (B, observation_dim), (B, action_dim) -> (number, B), a row each."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
+    def __init__(
+        self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int], number: int = 2
+    ) -> None:
         super().__init__()
-        self.q1 = mlp(observation_dim + action_dim, *hidden_sizes, 1)
-        self.q2 = mlp(observation_dim + action_dim, *hidden_sizes, 1)
+        self.q = nn.ModuleList(
+            mlp(observation_dim + action_dim, *hidden_sizes, 1) for _ in range(number)
+        )
 
-    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         inputs = torch.cat([observations, actions], -1)
-        return self.q1(inputs).squeeze(-1), self.q2(inputs).squeeze(-1)
+        return torch.stack([q(inputs).squeeze(-1) for q in self.q])
 
 
 class GaussianPolicy(nn.Module):
@@ -328,23 +331,6 @@ class GaussianPolicy(nn.Module):
         return self(x).cpu().numpy()
 
 
-def by_size(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module. Large ones first: in a vector they stay aligned."""
-    return sorted(module.parameters(), key=Tensor.numel, reverse=True)
-
-
-def as_vector(module: nn.Module) -> nn.Parameter:
-    """All parameters of a module, ``by_size``, in one vector (P,), of which they become views.
-
-    To Adam and Polyak averaging one vector is less work than a dozen small tensors. A module that
-    is moved, converted or deep-copied afterwards has parameters of its own again.
-    """
-    parameters = by_size(module)
-    vector = nn.utils.parameters_to_vector(parameters).detach()
-    nn.utils.vector_to_parameters(vector, parameters)
-    return nn.Parameter(vector, requires_grad=parameters[0].requires_grad)
-
-
 def make_policy(observation_dim: int, action_dim: int, config: Config) -> GaussianPolicy:
     """The policy that is trained, saved, loaded and evaluated: another class goes in here.
 
@@ -361,20 +347,8 @@ def expectile_loss(diff: Tensor, tau: float) -> Tensor:
 
 
 def conservative_gap(q_neg: Tensor, q_data: Tensor) -> Tensor:
-    """E_ā Q(s,ā) − E_a Q(s,a): (B · num_neg,), (B,) -> (), of one critic. CQL, equation 2."""
-    return q_neg.mean() - q_data.mean()
-
-
-def conservative_penalty(gap: Tensor, clamp_open: Tensor | None = None) -> Tensor:
-    """ReLU(E_ā Q(s,ā) − E_a Q(s,a)) of the ``conservative_gap`` of one critic: () -> ().
-
-    The clamp is of the mean gap of the whole batch. A part of a batch does not know that mean, so
-    it is given ``clamp_open``, 1 where the mean is above zero, else 0: clamp_open · gap has the
-    value and the gradient of its share.
-    """
-    if clamp_open is None:
-        return torch.relu(gap)
-    return clamp_open * gap
+    """E_ā Q(s,ā) − E_a Q(s,a): (2, B · num_neg), (2, B) -> (2,), of each Q. CQL, equation 2."""
+    return q_neg.mean(-1) - q_data.mean(-1)
 
 
 def awr_weights(
@@ -404,156 +378,87 @@ Metrics = dict[str, Tensor]  # what a step reports by name, each ()
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU.
-
-    Raises InputError if it is not there.
-    """
+    """The device of that name; "auto" is CUDA where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise InputError(f"device is {name}, but must be auto, cpu or cuda")
-        return torch.zeros((), device=device).device  # it is tried, and "cuda" becomes "cuda:0"
+        device = torch.zeros((), device=name).device  # it is tried, and "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
         raise InputError(f"device is {name}, which is not here; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name}, but must be auto, cpu or cuda")
+    return device
 
 
-def wants_onednn() -> bool:
-    """Is torch's usual library for float32 products, MKL, slow here? It keeps to AVX2 on AMD."""
-    cpu = Path("/proc/cpuinfo")
-    return (
-        cpu.exists()
-        and "AuthenticAMD" in cpu.read_text()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
-    )
+@torch.no_grad()
+def move_towards(target: nn.Module, latest: nn.Module, share: float) -> None:
+    """Move the parameters of ``target`` by ``share`` of their way to those of ``latest``."""
+    for parameter, goal in zip(target.parameters(), latest.parameters(), strict=True):
+        parameter.lerp_(goal, share)
 
 
-@contextlib.contextmanager
-def compiler_settings(on_cpu: bool) -> Iterator[None]:
-    """Context in which torch compiles the step as is fastest here."""
-    import torch._inductor.config
-    from torch._inductor import lowering
+class CIQL(nn.Module):
+    """Conservative Implicit Q-Learning: the networks, their optimiser, and the gradient step.
 
-    mm = torch.ops.aten.mm.default
-    addmm = torch.ops.aten.addmm.default
-    usual: dict[Any, Any] = {operator: lowering.lowerings[operator] for operator in (mm, addmm)}
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: lowering.lowerings.update(usual))
-        # the backward pass in the same graph as the forward one
-        stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
-        # no Python between the kernels
-        stack.enter_context(torch._inductor.config.patch(cpp_wrapper=on_cpu))
-        if on_cpu and wants_onednn():
-            # The compiler's cache on disk does not know of the rule below, but of this tag.
-            tag = torch.compiler.config.patch(cache_key_tag="oneDNN")  # type: ignore[attr-defined]
-            stack.enter_context(tag)
-            kernel = torch.ops.mkldnn._linear_pointwise.default
-            onednn = lowering.fallback_handler(kernel, add_to_fallback_set=False)
-
-            def product(x: Any, w: Any) -> Any:
-                # To call oneDNN for a small product costs more than it saves.
-                if min(*x.get_size(), *w.get_size()) < 64:
-                    return usual[mm](x, w)
-                return onednn(x, lowering.permute(w, [1, 0]), None, "none", [], "")
-
-            lowering.lowerings[mm] = product
-            lowering.lowerings[addmm] = lambda b, x, w: lowering.add(product(x, w), b)
-            # The pattern matcher would make some of the products MKL's again.
-            stack.enter_context(torch._inductor.config.patch(pattern_matcher=False))
-        yield
-
-
-class CIQL:
-    """Conservative Implicit Q-Learning: the networks, their one optimiser, and the gradient step.
-
-    An idea that is no setting is a subclass, given to ``train`` as ``make_agent``. After replacing
-    a network it calls ``make_optimizer`` again. One more network is made before
-    ``super().__init__``, and joins ``parameters``, ``vectors`` and Adam's groups, last in each, in
-    a ``make_optimizer`` of its own. What a resumed run needs is in modules and optimisers.
+    An idea that is no setting is a subclass, given to ``train`` as ``make_agent``. A network that
+    it replaces or adds goes to ``make_optimizer``. As of any module, parameters and buffers are
+    saved with a run, and so are optimisers and learning rate schedulers that are attributes.
     """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
+        super().__init__()
         self.config = config
         self.observation_dim = observation_dim
         self.action_dim = action_dim
         self.device = find_device(config.device)
         self.on_cpu = self.device.type == "cpu"
-        sizes = config.hidden_sizes
-        self.policy = make_policy(observation_dim, action_dim, config).to(self.device)
-        self.value = ValueNetwork(observation_dim, sizes).to(self.device)
-        self.critic = DoubleQNetwork(observation_dim, action_dim, sizes).to(self.device)
+        self.policy = make_policy(observation_dim, action_dim, config)
+        self.value: nn.Module = ValueNetwork(observation_dim, config.hidden_sizes)
+        self.critic = self.make_critic()
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.make_optimizer()
+        self.to(self.device)
+        self.make_optimizer(self.policy, self.value, self.critic)
         self.steps = 0  # gradient steps taken
-        # A batch is worked in equal parts. Their number does not depend on that of the threads, so
-        # the bits do not either.
-        self.parts = math.gcd(config.batch_size, config.batch_parts) if self.on_cpu else 1
-        self.map: Callable[..., Any] = map  # one after another; ``train`` puts a thread pool's here
+        self.helper: concurrent.futures.Executor | None = None  # see ``start_helper``
 
-    def make_optimizer(self) -> None:
-        """Adam over a vector per network, of which the parameters are views from now on.
+    def make_critic(self) -> nn.Module:
+        """The critic, of which the target is a copy; it has any number of Q."""
+        return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
 
-        Its first group is the policy alone, whose rate ``policy_lr_decay`` lowers.
-        """
-        self.parameters = [*by_size(self.policy), *by_size(self.value), *by_size(self.critic)]
-        self.policy_vector = as_vector(self.policy)
-        self.value_vector = as_vector(self.value)
-        self.critic_vector = as_vector(self.critic)
-        self.target_vector = as_vector(self.target_critic)
-        self.vectors = [self.policy_vector, self.value_vector, self.critic_vector]
-        groups = [{"params": [vector]} for vector in self.vectors]
-        self.optimizer = torch.optim.Adam(groups, lr=self.config.lr, fused=True)
+    def make_optimizer(self, policy: nn.Module, *others: nn.Module) -> None:
+        """Adam; the policy is a group of its own, as ``policy_lr_decay`` lowers its rate."""
+        rest = [parameter for network in others for parameter in network.parameters()]
+        groups: list[dict[str, Any]] = [{"params": policy.parameters()}, {"params": rest}]
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+            groups, lr=self.config.lr, fused=True
+        )
 
-    def losses(
-        self,
-        batch: Transitions,
-        negative_actions: Tensor,
-        with_penalty: bool,
-        clamp_open: Tensor | None = None,
-    ) -> tuple[Tensor, Metrics]:
-        """The sum of the three losses (), and figures () for the log: what an idea edits.
+    @torch.no_grad()
+    def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
+        """Q̄(s,a), the target of V, and y = r + γ V(s'), that of Q: (B,) each."""
+        q_bar = self.target_critic(batch.observations, batch.actions).amin(0)
+        v_next = self.value(batch.next_observations)
+        y = batch.rewards + self.config.gamma * (1 - batch.terminations) * v_next
+        return q_bar, y
 
-        - ``batch``: one of the equal parts of a step's batch, observations normalised
-        - ``negative_actions``: (B, num_neg, action_dim)
-        - ``with_penalty``: False where the clamp is known to be closed, or not known yet
-        - ``clamp_open``: (2,), one per critic, 1 or 0; None where the part is the whole batch
+    def losses(self, batch: Transitions) -> tuple[Tensor, Metrics]:
+        """The sum of the losses but for the penalty (), and figures () for the log.
 
-        The step takes the mean of its parts, so each loss and figure must be a mean over
-        transitions. What is not, as the clamp, belongs in ``update``, which needs the figures gap1
-        and gap2. Parts run in threads: draw no random numbers here, and change no buffers.
-
-        No loss reaches another's network: Q̄ and y are targets, made without gradient, and the
-        advantage is detached. So one backward pass of the sum serves all three.
+        No loss reaches another's network: the targets have no gradient, and the advantage is
+        detached. So one backward pass of the sum serves all three.
         """
         c = self.config
         s = batch.observations
         a = batch.actions
-        with torch.no_grad():
-            q_bar = torch.minimum(*self.target_critic(s, a))
-            v_next = self.value(batch.next_observations)
-            y = batch.rewards + c.gamma * (1 - batch.terminations) * v_next
+        q_bar, y = self.targets(batch)
 
         # V: the expectile of Q̄ over the data's actions
         v = self.value(s)
         value_loss = expectile_loss(q_bar - v, c.tau)
 
-        # Q: one step of bootstrap from V, and the penalty on actions off the data
-        q1, q2 = self.critic(s, a)
-        td_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
-        penalty = torch.zeros_like(td_loss)
-        gap1 = gap2 = torch.zeros_like(td_loss)
-        if c.alpha > 0:
-            with torch.set_grad_enabled(with_penalty):
-                s_neg = s.repeat_interleave(c.num_neg, 0)
-                neg1, neg2 = self.critic(s_neg, negative_actions.flatten(0, 1))
-                gap1 = conservative_gap(neg1, q1)
-                gap2 = conservative_gap(neg2, q2)
-            if with_penalty:
-                open1, open2 = (None, None) if clamp_open is None else clamp_open
-                penalty = conservative_penalty(gap1, open1) + conservative_penalty(gap2, open2)
-        q_loss = td_loss + c.alpha * penalty
+        # Q: one step of bootstrap from V
+        q = self.critic(s, a)  # (2, B), a row per Q
+        q_loss = ((q - y) ** 2).mean(-1).sum()
 
         # π: cloning of the data's actions, weighted by their advantage
         advantage = (q_bar - v).detach()
@@ -564,10 +469,7 @@ class CIQL:
             "value_loss": value_loss,
             "q_loss": q_loss,
             "policy_loss": policy_loss,
-            "penalty": penalty,
-            "gap1": gap1,
-            "gap2": gap2,
-            "q": (q1.mean() + q2.mean()) / 2,
+            "q": q.mean(),
             "v": v.mean(),
             "advantage": advantage.mean(),
             "policy_std": self.policy.std().mean(),
@@ -575,72 +477,67 @@ class CIQL:
         loss = value_loss + q_loss + policy_loss
         return loss, {name: figure.detach() for name, figure in metrics.items()}
 
-    def gradients(
-        self,
-        batch: Transitions,
-        negative_actions: Tensor,
-        with_penalty: bool,
-        clamp_open: Tensor | None = None,
-    ) -> tuple[Tensor, Metrics]:
-        """The gradient of ``losses``, one vector (P,) for the ``vectors`` together, and figures.
+    def gaps(self, critic: nn.Module, batch: Transitions, negative_actions: Tensor) -> Tensor:
+        """``conservative_gap`` of each Q of ``critic`` (2,); the penalty is the ReLU of each.
 
-        On CUDA the result is valid until the next call, which overwrites it.
+        ``negative_actions`` are (B, num_neg, action_dim).
         """
-        loss, metrics = self.losses(batch, negative_actions, with_penalty, clamp_open)
-        gradients = torch.autograd.grad(loss, self.parameters)
-        return torch.cat([gradient.flatten() for gradient in gradients]), metrics
+        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
+        q_neg = critic(s_neg, negative_actions.flatten(0, 1))
+        q_data = critic(batch.observations, batch.actions)
+        return conservative_gap(q_neg, q_data)
 
-    def mean_of_parts(
-        self,
-        data: Transitions,
-        index: Tensor,
-        negative_actions: Tensor,
-        with_penalty: bool,
-        clamp_open: Tensor | None = None,
-    ) -> tuple[Tensor, Metrics]:
-        """``gradients`` of the rows ``index`` of ``data``: the mean of those of the parts."""
-
-        def work(rows: Tensor, actions: Tensor) -> tuple[Tensor, Metrics]:
-            batch = Transitions(*(column[rows] for column in data))
-            return self.gradients(batch, actions, with_penalty, clamp_open)
-
-        parts = list(self.map(work, index.chunk(self.parts), negative_actions.chunk(self.parts)))
-        gradient, metrics = parts[0]
-        for other, _ in parts[1:]:  # in order, whichever thread was first
-            gradient += other
-        gradient /= self.parts
-        figures = torch.stack([torch.stack([part[name] for name in metrics]) for _, part in parts])
-        return gradient, dict(zip(metrics, figures.mean(0).unbind(), strict=True))
+    @torch.no_grad()
+    def measure_gaps(
+        self, critic: nn.Module, batch: Transitions, negative_actions: Tensor
+    ) -> Tensor:
+        """The ``gaps`` without gradient, which is a third of the work."""
+        return self.gaps(critic, batch, negative_actions)
 
     def update(self, data: Transitions) -> Metrics:
         """One gradient step on a batch drawn from ``data``, which ``prepare`` made."""
         c = self.config
+        if not self.on_cpu:  # what the graphs of the last step returned was used: it may go
+            torch.compiler.cudagraph_mark_step_begin()
         index = torch.randint(len(data.rewards), (c.batch_size,), device=self.device)
-        num_neg = c.num_neg if c.alpha > 0 else 0
-        size = (c.batch_size, num_neg, self.action_dim)
-        negative_actions = torch.rand(size, device=self.device) * 2 - 1
+        batch = Transitions(*(column[index] for column in data))
+        if c.alpha > 0:
+            size = (c.batch_size, c.num_neg, self.action_dim)
+            negative_actions = torch.rand(size, device=self.device) * 2 - 1
+        if self.helper:
+            # Beside the losses, on a copy of the critic: ``losses`` may do anything with its own.
+            move_towards(self.critic_copy, self.critic, 1.0)
+            measured = self.helper.submit(
+                self.measure_gaps, self.critic_copy, batch, negative_actions
+            )
 
-        # On the CPU a first pass only measures the gaps. Nearly always both are below zero: penalty
-        # and its gradient are 0, and half of the work is saved. Otherwise a second pass includes
-        # the penalty. On CUDA the host would have to wait to know, so it is always included.
-        sampled = (data, index, negative_actions)
-        gradient, metrics = self.mean_of_parts(*sampled, with_penalty=not self.on_cpu)
-        gaps = torch.stack([metrics["gap1"], metrics["gap2"]])
-        if self.on_cpu and gaps.max() > 0:
-            clamp_open = (gaps > 0).float()
-            gradient, metrics = self.mean_of_parts(*sampled, True, clamp_open)
-        metrics["clamp_open"] = (gaps.max() > 0).float()  # that of either critic
+        self.optimizer.zero_grad()
+        loss, metrics = self.losses(batch)
+        loss.backward()
+        if c.alpha > 0:
+            # ReLU has no gradient below 0, where the gaps nearly always are: on the CPU they are
+            # measured first, without one. On CUDA the host would have to wait to know.
+            gaps = None
+            if self.helper:
+                gaps = measured.result()
+            elif self.on_cpu:
+                gaps = self.measure_gaps(self.critic, batch, negative_actions)
+            if gaps is None or gaps.max() > 0:
+                gaps = self.gaps(self.critic, batch, negative_actions)
+                (c.alpha * torch.relu(gaps).sum()).backward()
+            gaps = gaps.detach()
+            metrics["penalty"] = torch.relu(gaps).sum()
+            metrics["q_loss"] = metrics["q_loss"] + c.alpha * metrics["penalty"]
+            for number, gap in enumerate(gaps, start=1):
+                metrics[f"gap{number}"] = gap
+            metrics["clamp_open"] = (gaps.max() > 0).float()  # that of any Q
 
         if c.policy_lr_decay:
             remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
             self.optimizer.param_groups[0]["lr"] = c.lr * remaining  # the policy's
-        sizes = [vector.numel() for vector in self.vectors]
-        for vector, piece in zip(self.vectors, gradient.split(sizes), strict=True):
-            vector.grad = piece
         self.optimizer.step()
-        with torch.no_grad():
-            self.policy.project(c.min_log_std)
-            self.target_vector.lerp_(self.critic_vector, c.polyak)
+        self.policy.project(c.min_log_std)
+        move_towards(self.target_critic, self.critic, c.polyak)
         self.steps += 1
         return metrics
 
@@ -649,19 +546,7 @@ class CIQL:
         return self.policy
 
     def prepare(self, data: Transitions) -> Transitions:
-        """Normalise the observations, tell the policy how, and move the data to the device.
-
-        Raises TypeError for a network that no vector holds, which would silently not be trained.
-        """
-        pairs = [
-            (self.policy, self.policy_vector),
-            (self.value, self.value_vector),
-            (self.critic, self.critic_vector),
-            (self.target_critic, self.target_vector),
-        ]
-        for network, vector in pairs:
-            if by_size(network)[0].data_ptr() != vector.data_ptr():
-                raise TypeError(f"call make_optimizer again: no vector holds {network}")
+        """Normalise the observations, tell the policy how, and move the data to the device."""
         std, mean = torch.std_mean(data.observations, 0)
         std += 1e-3
         self.policy.observation_mean.copy_(mean)
@@ -670,126 +555,127 @@ class CIQL:
             observations=(data.observations - mean) / std,
             next_observations=(data.next_observations - mean) / std,
         )
+        self.critic_copy = copy.deepcopy(self.critic).requires_grad_(False)
         return Transitions(*(column.to(self.device) for column in normalised))
 
-    def compile(self, data: Transitions) -> None:
-        """Have ``gradients`` compiled for batches of ``data``, or say why it stays as it is.
+    def check_optimizers(self) -> None:
+        """Raise InputError for a parameter that no optimiser has: it would never be trained."""
+        trained = {
+            parameter
+            for part in vars(self).values()
+            if isinstance(part, torch.optim.Optimizer)
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and parameter not in trained:
+                raise InputError(
+                    f"{name} requires gradients, but no optimiser has it: give its network to"
+                    " make_optimizer, or call requires_grad_(False)"
+                )
 
-        What is private to torch's compiler is in here and in ``compiler_settings``, inside the
-        ``try``, so that another release of torch costs speed and not the run.
-        """
+    def example(self, data: Transitions) -> tuple[Transitions, Tensor]:
+        """A batch and its off-data actions, of the shapes that they have in a step."""
         c = self.config
-        rows = [0] * (c.batch_size // self.parts)  # any rows: the shapes count
-        batch = Transitions(*(column[rows] for column in data))
-        num_neg = c.num_neg if c.alpha > 0 else 0
-        actions = batch.actions.new_zeros(len(rows), num_neg, self.action_dim)
-        clamp_open = batch.rewards.new_ones(2)
-        eager = self.gradients
+        batch = Transitions(*(column[[0] * c.batch_size] for column in data))
+        return batch, batch.actions.new_zeros(c.batch_size, c.num_neg, self.action_dim)
 
-        # Two functions, as the compiler's look-up among the graphs of one is not thread-safe.
-        def closed(batch: Transitions, actions: Tensor) -> tuple[Tensor, Metrics]:
-            return eager(batch, actions, False)
+    def start_helper(self, data: Transitions) -> None:
+        """Have the gaps measured in a thread beside the losses, if there is a core for it.
 
-        def opened(
-            batch: Transitions, actions: Tensor, clamp_open: Tensor | None
-        ) -> tuple[Tensor, Metrics]:
-            return eager(batch, actions, True, clamp_open)
+        Not if ``gaps`` draws random numbers, as which thread draws first would be left to chance.
+        """
+        before = torch.get_rng_state()
+        self.measure_gaps(self.critic_copy, *self.example(data))
+        draws = not torch.equal(torch.get_rng_state(), before)
+        torch.set_rng_state(before)
+        if not draws:
+            self.helper = concurrent.futures.ThreadPoolExecutor(
+                1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+            )
 
+    def compile_losses(self, data: Transitions) -> None:
+        """Have ``losses`` and ``gaps`` compiled for ``data``, or say why they stay as they are.
+
+        The example that they are compiled with leaves no trace in networks and random state.
+        """
+        batch, negative_actions = self.example(data)
+        how: dict[str, Any] = {"mode": "reduce-overhead"}  # CUDA: kernels are started together
+        if self.on_cpu:
+            how = {"options": {"cpp_wrapper": True}}  # no Python between the kernels
+        torch.compiler.reset()  # an earlier run's graphs are no longer needed
+        losses = torch.compile(self.losses, fullgraph=True, **how)
+        gaps = torch.compile(self.gaps, fullgraph=True, **how)
+        before = copy.deepcopy(self.state_dict())
         try:
-            torch.compiler.reset()  # an earlier run's graphs count towards the compiler's limit
-            # On CUDA the kernels are started together: each takes longer to start than to run.
-            mode = None if self.on_cpu else "reduce-overhead"
-            compiled_closed = torch.compile(closed, fullgraph=True, mode=mode)
-            compiled_opened = torch.compile(opened, fullgraph=True, mode=mode)
-
-            def compiled(
-                batch: Transitions,
-                actions: Tensor,
-                with_penalty: bool,
-                clamp_open: Tensor | None = None,
-            ) -> tuple[Tensor, Metrics]:
-                if not self.on_cpu:  # what the last call returned is overwritten now: it was used
-                    torch.compiler.cudagraph_mark_step_begin()
-                if with_penalty:
-                    return compiled_opened(batch, actions, clamp_open)
-                return compiled_closed(batch, actions)
-
-            with compiler_settings(self.on_cpu):
-                if self.on_cpu:
-                    compiled(batch, actions, False)
-                    if c.alpha > 0:
-                        compiled(batch, actions, True, clamp_open)
-                else:
-                    for _ in range(3):  # CUDA: to compile, to record, and to start what is recorded
-                        compiled(batch, actions, True)
+            with torch.random.fork_rng([] if self.on_cpu else [self.device]):
+                losses(batch)[0].backward()
+                if self.config.alpha > 0:
+                    gaps(self.critic, batch, negative_actions).sum().backward()
+                    with torch.no_grad():
+                        gaps(self.critic, batch, negative_actions)
+                        gaps(self.critic_copy, batch, negative_actions)
         except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            say(f"NOTE   the step could not be compiled and runs eagerly, slower: {reason}")
+            say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
             return
+        finally:
+            self.load_state_dict(before)
+        self.losses = losses  # type: ignore[method-assign]
+        self.gaps = gaps  # type: ignore[method-assign]
 
-        self.gradients = compiled  # type: ignore[method-assign, assignment]
+    def training_state(self) -> dict[str, Any]:
+        """All that the next step depends on, but for data and random state.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CIQL":
-        """Raises TypeError: the parameters of a deep copy would be no views of its vectors."""
-        raise TypeError("make another agent, and load a deep copy of this one's state_dict")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The count of steps, and the state of every attribute that is a module or optimiser.
-
-        With the random state, that is all that the next step depends on.
+        The count of steps, parameters and buffers, and the state of each attribute that is an
+        optimiser or a learning rate scheduler.
         """
-        state: dict[str, Any] = {"steps": self.steps}
+        state = {"steps": self.steps, "networks": self.state_dict()}
         for name, part in vars(self).items():
-            if isinstance(part, (nn.Module, torch.optim.Optimizer)):
+            if isinstance(part, (torch.optim.Optimizer, LRScheduler)):
                 state[name] = part.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:
         """Raises KeyError, RuntimeError or ValueError for a state that is not of such an agent."""
-        if state.keys() != self.state_dict().keys():
-            raise KeyError(f"{list(state)} is not {list(self.state_dict())}")
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for name, saved in state.items():
-            if name == "steps":
-                self.steps = saved
-            else:
-                getattr(self, name).load_state_dict(saved)
-        # The saved state holds the rates as well, but ``config`` may have other ones now.
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        self.steps = state["steps"]
+        self.load_state_dict(state["networks"])
+        for name, part in vars(self).items():
+            if isinstance(part, torch.optim.Optimizer):
+                own = [{**group, "params": None} for group in part.param_groups]
+                part.load_state_dict(state[name])
+                # Rates and such are settings, which may have changed, but for a scheduler's.
+                for group, settings in zip(part.param_groups, own, strict=True):
+                    if "initial_lr" not in group:
+                        group.update(settings | {"params": group["params"]})
+            elif isinstance(part, LRScheduler):
+                part.load_state_dict(state[name])
 
 
 # --------------------------------------------------------------------------------------------- data
-class Environment(NamedTuple):
-    """What training must know of an environment, and the returns that make its score."""
+class Robot(NamedTuple):
+    """One of the simulator's, and the returns that make D4RL's normalised score."""
 
     observation_dim: int
     action_dim: int
-    max_episode_steps: int = 1000
-    action_low: tuple[float, ...] | float = -1.0
-    action_high: tuple[float, ...] | float = 1.0
-    random_return: float | None = None  # of score 0; None: no score
-    expert_return: float | None = None  # of score 100
-    never_ends: bool = False  # no episode ends but by the time limit
+    random_return: float  # of score 0
+    expert_return: float  # of score 100
 
     def score(self, episode_return: Any) -> Any:
-        """D4RL's normalised score, 100 · (return − random) / (expert − random)."""
-        assert self.random_return is not None and self.expert_return is not None
-        return (
-            100 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
-        )
+        """100 · (return − random) / (expert − random)."""
+        span = self.expert_return - self.random_return
+        return 100 * (episode_return - self.random_return) / span
 
 
 # Random: published means, but for Ant, whose dynamics have changed: measured. Expert: the agents of
 # stable-baselines3, d4rl-pybullet issue 2.
 ROBOTS = {
-    "HalfCheetahBulletEnv-v0": Environment(
-        26, 6, random_return=-1304.0, expert_return=3000.0, never_ends=True
-    ),
-    "HopperBulletEnv-v0": Environment(15, 3, random_return=18.6, expert_return=2500.0),
-    "Walker2DBulletEnv-v0": Environment(22, 6, random_return=15.0, expert_return=2500.0),
-    "AntBulletEnv-v0": Environment(28, 8, random_return=432.0, expert_return=3300.0),
+    "HalfCheetahBulletEnv-v0": Robot(26, 6, random_return=-1304.0, expert_return=3000.0),
+    "HopperBulletEnv-v0": Robot(15, 3, random_return=18.6, expert_return=2500.0),
+    "Walker2DBulletEnv-v0": Robot(22, 6, random_return=15.0, expert_return=2500.0),
+    "AntBulletEnv-v0": Robot(28, 8, random_return=432.0, expert_return=3300.0),
 }
+NEVER_FALLS = "HalfCheetahBulletEnv-v0"  # its episodes end by the time limit alone
 DATASETS = {  # of github.com/takuseno/d4rl-pybullet: environment, and key of the address
     "halfcheetah-bullet-random-v0": ("HalfCheetahBulletEnv-v0", "jnvpb1hp60zt2ak"),
     "halfcheetah-bullet-medium-v0": ("HalfCheetahBulletEnv-v0", "v4xgssp1w968a9l"),
@@ -809,105 +695,80 @@ NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a downloa
 SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected, they stand in without a network
 
 
-def read_columns(path: str | Path) -> tuple[dict[str, np.ndarray], str]:
-    """The columns of an HDF5 file, float32, and how it was re-collected (or "").
+class Dataset(NamedTuple):
+    """Logged episodes, as they were read."""
 
-    Raises InputError if one is missing, or their shapes do not fit together.
+    transitions: Transitions
+    lengths: np.ndarray  # (E,), steps of the whole episodes
+    returns: np.ndarray  # (E,), undiscounted
+    terminated: np.ndarray  # (E,), bool: did they truly end?
+    rows: int
+    layout: str
+    source: str  # how a file was re-collected, or ""
+
+
+Columns = dict[str, np.ndarray]  # of a file, float32, by their keys
+DIMENSIONS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
+OPTIONAL_DIMENSIONS = {"timeouts": 1, "next_observations": 2}
+
+
+def read_columns(path: Path) -> tuple[Columns, str]:
+    """The columns of an HDF5 file, and how it was re-collected (or "").
+
+    Raises InputError for a file that cannot be read or does not fit the memory, and for columns
+    that do not fit together.
     """
     columns = {}
     try:
         with h5py.File(path) as file:
-            for key in ("observations", "actions", "rewards", "terminals"):
-                columns[key] = np.asarray(file[key][()], np.float32)
-            for key in ("timeouts", "next_observations"):
-                if key in file:
-                    columns[key] = np.asarray(file[key][()], np.float32)
+            keys = [*DIMENSIONS, *(key for key in OPTIONAL_DIMENSIONS if key in file)]
+            # As they are read, as transitions, and as these normalised, all float32.
+            needed = 3 * 4 * sum(file[key].size for key in keys)
+            free = psutil.virtual_memory().available
+            if needed > free:
+                raise MemoryError(
+                    f"{len(file['rewards']):,} rows need {needed / 2**30:.2f} GiB of memory,"
+                    f" {free / 2**30:.2f} GiB are free"
+                )
+            for key in keys:
+                columns[key] = np.asarray(file[key], np.float32)
             source = str(file.attrs.get("source", ""))
-    except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except MemoryError as error:
+        raise InputError(f"{path}: {error}; take a part of the file") from error
+    except Exception as error:  # h5py raises anything for what is no such file
         cause: object = error
         if isinstance(error, OSError) and error.errno:
             cause = os.strerror(error.errno)  # without h5py's own story
-        remedy = "is it a whole HDF5 file with observations, actions, rewards and terminals?"
-        if isinstance(error, FileNotFoundError):
-            remedy = "set dataset to its path"
-        raise InputError(f"{path}: cannot be read ({cause}); {remedy}") from error
-    for key in ("rewards", "terminals", "timeouts"):
-        if key in columns and columns[key].shape[1:] == (1,):  # stored as (N, 1) or (N,)
-            columns[key] = columns[key][:, 0]
+        raise InputError(
+            f"{path}: cannot be read ({cause}); is it a whole HDF5 file with observations, actions,"
+            " rewards and terminals?"
+        ) from error
 
-    observations = columns["observations"]
-    expected = {
-        "observations": 2,
-        "actions": 2,
-        "rewards": 1,
-        "terminals": 1,
-        "timeouts": 1,
-        "next_observations": 2,
-    }
-    fits = columns.get("next_observations", observations).shape == observations.shape
-    for key, column in columns.items():
-        fits = fits and column.ndim == expected[key] and len(column) == len(observations)
-    if not fits:
-        shapes = ", ".join(f"{key} {column.shape}" for key, column in columns.items())
-        raise InputError(f"{path}: the shapes of {shapes} do not fit together")
+    rows = len(columns["observations"])
+    for key, dimensions in (DIMENSIONS | OPTIONAL_DIMENSIONS).items():
+        if key not in columns:
+            continue
+        if dimensions == 1 and columns[key].shape[1:] == (1,):  # stored as (N, 1) or (N,)
+            columns[key] = columns[key][:, 0]
+        shape = columns[key].shape
+        if len(shape) != dimensions or len(columns[key]) != rows:
+            raise InputError(
+                f"{path}: {key} of shape {shape} do not fit {rows:,} rows of observations"
+            )
     for key in ("terminals", "timeouts"):
         if key in columns and not np.isin(columns[key], (0, 1)).all():
             raise InputError(f"{path}: '{key}' holds values other than 0 and 1; mark ends with 1")
+    written = np.flatnonzero(
+        columns["observations"].any(1) | columns["actions"].any(1) | (columns["rewards"] != 0)
+    )
+    unwritten = rows - 1 - written.max(initial=-1)
+    if unwritten > 1:
+        raise InputError(f"{path}: the last {unwritten:,} rows are all zero; cut them off")
     return columns, source
 
 
-Episodes = tuple[Transitions, np.ndarray, np.ndarray]  # transitions, returns, ended_after
-
-
-def read_d4rl(path: str | Path, columns: dict[str, np.ndarray], max_episode_steps: int) -> Episodes:
-    """The transitions in the columns of a file in D4RL's layout (Fu et al., 2020).
-
-    Row i holds (observation_i, action_i, reward_i, terminal_i, timeout_i) of ONE step. Terminal
-    marks true terminations alone, timeout the last step of an episode that was cut. Without
-    ``next_observations`` the successor is the next row's observation. A step that was cut then has
-    none, nor has the last row of the file: these start no transition. A true termination needs
-    none; its own observation fills the place.
-
-    Raises InputError, with ``path``, if nothing marks the cuts that ``max_episode_steps`` made.
-    """
-    terminated = columns["terminals"] == 1
-    end = np.flatnonzero(terminated | (columns["timeouts"] == 1))
-    total = np.cumsum(columns["rewards"], dtype=np.float64)[end]
-    with np.errstate(invalid="ignore"):  # infinite rewards are refused later
-        returns = np.diff(total, prepend=0.0)
-    steps = np.diff(end, prepend=-1)
-    tail = len(terminated) - steps.sum()  # of an episode that the file cuts
-    longest = max(steps.max(initial=0), tail)
-    if longest > max_episode_steps and not columns["timeouts"].any():
-        raise InputError(
-            f"{path}: 'timeouts' is never set, but an episode has {longest:,} steps and the time"
-            f" limit is {max_episode_steps:,}; mark cuts in 'timeouts', or set max_episode_steps"
-        )
-
-    observations = columns["observations"]
-    if "next_observations" in columns:
-        successor = columns["next_observations"]
-        start = np.arange(len(observations))
-    else:
-        successor = np.concatenate([observations[1:], observations[-1:]])
-        successor[terminated] = observations[terminated]
-        has_successor = columns["timeouts"] == 0
-        has_successor[-1:] = False
-        start = np.flatnonzero(has_successor | terminated)
-    transitions = Transitions(
-        observations=torch.from_numpy(observations[start]),
-        actions=torch.from_numpy(columns["actions"][start]),
-        rewards=torch.from_numpy(columns["rewards"][start]),
-        next_observations=torch.from_numpy(successor[start]),
-        terminations=torch.from_numpy(terminated[start].astype(np.float32)),
-    )
-    return transitions, returns, steps[terminated[end]]
-
-
-def read_d4rl_pybullet(
-    path: str | Path, columns: dict[str, np.ndarray], max_episode_steps: int
-) -> Episodes:
-    """The transitions in the columns of a file in d4rl-pybullet's layout.
+def as_d4rl(path: Path, columns: Columns, max_episode_steps: int) -> Columns:
+    """The columns of a file in d4rl-pybullet's layout, put into D4RL's.
 
     Row i holds (observation_i, action_i, r, d) where r and d arrived WITH observation_i, from the
     step before. So the transition that starts in row i takes its reward and its end from row i + 1.
@@ -919,53 +780,68 @@ def read_d4rl_pybullet(
     Raises InputError, with ``path``, for columns that cannot be of this layout.
     """
     is_end = columns["terminals"] == 1
-    end = np.flatnonzero(is_end)
-    first = np.concatenate([[0], end + 1])  # the last one is of an episode that the file cuts
-    steps = np.append(end, len(is_end) - 1) - first
-    moving_ends = np.count_nonzero(columns["actions"][end].any(1))
-    rewarded_starts = np.count_nonzero(columns["rewards"][first[first < len(is_end)]])
+    is_first = np.insert(is_end[:-1], 0, True)
+    moving_ends = np.count_nonzero(columns["actions"][is_end].any(1))
+    rewarded_starts = np.count_nonzero(columns["rewards"][is_first[: len(is_end)]])
     if moving_ends or rewarded_starts:
         raise InputError(
             f"{path}: is of no known layout. In d4rl-pybullet's an episode ends with a row of zero"
-            f" actions (here {moving_ends} of {len(end)} do not) and begins with reward 0 (here"
-            f" {rewarded_starts} do not); D4RL's has 'timeouts': add them, and keep 'terminals' for"
-            " true terminations"
+            f" actions (here {moving_ends} of {np.count_nonzero(is_end)} do not) and begins with"
+            f" reward 0 (here {rewarded_starts} do not); D4RL's has 'timeouts': add them, and keep"
+            " 'terminals' for true terminations"
         )
-    if steps.max() > max_episode_steps:
-        raise InputError(
-            f"{path}: has an episode of {steps.max():,} steps, but the time limit is"
-            f" {max_episode_steps:,}; set max_episode_steps to that of the recording"
-        )
-    first = first[:-1]  # of the whole episodes
-    steps = steps[:-1]
-    was_cut = steps == max_episode_steps
-    terminated = np.zeros(len(is_end), np.float32)
-    terminated[end[~was_cut]] = 1
-    # The reward in an episode's first row belongs to no step of it.
-    total = np.cumsum(columns["rewards"], dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # infinite rewards are refused later
-        returns = total[end] - total[first]
-
     start = np.flatnonzero(~is_end[:-1])
-    transitions = Transitions(
-        observations=torch.from_numpy(columns["observations"][start]),
-        actions=torch.from_numpy(columns["actions"][start]),
-        rewards=torch.from_numpy(columns["rewards"][start + 1]),
-        next_observations=torch.from_numpy(columns["observations"][start + 1]),
-        terminations=torch.from_numpy(terminated[start + 1]),
+    end = np.flatnonzero(is_end[start + 1])  # the last transition of each episode
+    was_cut = np.diff(end, prepend=-1) == max_episode_steps
+    terminals = np.zeros(len(start), np.float32)
+    timeouts = np.zeros(len(start), np.float32)
+    terminals[end] = ~was_cut
+    timeouts[end] = was_cut
+    return {
+        "observations": columns["observations"][start],
+        "actions": columns["actions"][start],
+        "rewards": columns["rewards"][start + 1],
+        "next_observations": columns["observations"][start + 1],
+        "terminals": terminals,
+        "timeouts": timeouts,
+        "row": start,
+    }
+
+
+def transitions_of(columns: Columns) -> Transitions:
+    """The transitions in the columns of a file in D4RL's layout (Fu et al., 2020).
+
+    Row i holds (observation_i, action_i, reward_i, terminal_i, timeout_i) of ONE step. Terminal
+    marks true terminations alone, timeout the last step of an episode that was cut. Without
+    ``next_observations`` the successor is the next row's observation. A step that was cut then has
+    none, nor has the last row of the file: these start no transition. A true termination needs
+    none; its own observation fills the place.
+    """
+    observations = columns["observations"]
+    terminated = columns["terminals"] == 1
+    if "next_observations" in columns:
+        successors = columns["next_observations"]
+        is_start = np.ones(len(observations), bool)
+    else:
+        successors = np.concatenate([observations[1:], observations[-1:]])
+        successors[terminated] = observations[terminated]
+        is_start = columns["timeouts"] == 0
+        is_start[-1:] = False
+        is_start |= terminated
+    return Transitions(
+        observations=torch.from_numpy(observations[is_start]),
+        actions=torch.from_numpy(columns["actions"][is_start]),
+        rewards=torch.from_numpy(columns["rewards"][is_start]),
+        next_observations=torch.from_numpy(successors[is_start]),
+        terminations=torch.from_numpy(columns["terminals"][is_start]),
     )
-    return transitions, returns, steps[~was_cut]
 
 
-class Dataset(NamedTuple):
-    """A file of logged episodes, as it was read."""
-
-    transitions: Transitions
-    returns: np.ndarray  # (E,), undiscounted, of the whole episodes
-    ended_after: np.ndarray  # steps (T,) of the episodes that truly ended
-    rows: int
-    layout: str
-    source: str  # how it was re-collected, or ""
+def returns_of(rewards: np.ndarray, is_end: np.ndarray) -> np.ndarray:
+    """Undiscounted returns (E,) of the episodes that end where ``is_end`` (N,): rewards (N,)."""
+    with np.errstate(invalid="ignore"):  # infinite rewards are refused later
+        total = np.cumsum(rewards, dtype=np.float64)[is_end]
+        return np.diff(total, prepend=0.0)
 
 
 def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
@@ -974,171 +850,214 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
     ``max_episode_steps`` is the time limit of the recording. Raises InputError if the file cannot
     be read, or is in neither layout.
     """
+    path = Path(path)
     columns, source = read_columns(path)
-    if "timeouts" in columns:
-        transitions, returns, ended_after = read_d4rl(path, columns, max_episode_steps)
-        layout = "D4RL's layout"
-    else:
-        transitions, returns, ended_after = read_d4rl_pybullet(path, columns, max_episode_steps)
-        layout = "d4rl-pybullet's layout"
     rows = len(columns["rewards"])
-    if len(transitions.rewards) < 2:
-        held = len(transitions.rewards)
+    if "timeouts" in columns:
+        layout = "D4RL's layout"
+        columns["row"] = np.arange(rows)
+    else:
+        layout = "d4rl-pybullet's layout"
+        columns = as_d4rl(path, columns, max_episode_steps)
+
+    is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
+    first = np.insert(np.flatnonzero(is_end) + 1, 0, 0)
+    lengths = np.diff(first, append=len(is_end))  # the last one is of an episode that the file cuts
+    longest = lengths.argmax()
+    if lengths[longest] > max_episode_steps:
         raise InputError(
-            f"{path}: {rows} rows hold {held} complete transitions; at least 2 are needed"
+            f"{path}: has an episode of {lengths[longest]:,} steps, from row"
+            f" {columns['row'][first[longest]]:,} on, but the time limit is {max_episode_steps:,};"
+            " set --max-episode-steps to that of the recording, or mark cuts in 'timeouts'"
         )
-    return Dataset(transitions, returns, ended_after, rows, layout, source)
+    return Dataset(
+        transitions=transitions_of(columns),
+        lengths=lengths[:-1],
+        returns=returns_of(columns["rewards"], is_end),
+        terminated=columns["terminals"][is_end] == 1,
+        rows=rows,
+        layout=layout,
+        source=source,
+    )
 
 
-def read_transitions(path: str | Path, max_episode_steps: int = 1000) -> Transitions:
-    """The transitions of a file in either layout. Raises as ``read_dataset``."""
-    return read_dataset(path, max_episode_steps).transitions
+def dataset_of(data: Transitions) -> Dataset:
+    """Transitions of the caller's own, with their episodes where ends can be told.
+
+    An episode ends where it terminates, where the next row does not begin with its successor, and
+    with the last row. Rows in no order tell none.
+    """
+    terminated = data.terminations.numpy() == 1
+    follows = (data.next_observations[:-1] == data.observations[1:]).all(1).numpy()
+    is_end = terminated | ~np.append(follows, False)
+    if is_end.sum() > max(terminated.sum() + 1, len(is_end) / 2):
+        is_end[:] = False
+    return Dataset(
+        transitions=data,
+        lengths=np.diff(np.flatnonzero(is_end), prepend=-1),
+        returns=returns_of(data.rewards.numpy(), is_end),
+        terminated=terminated[is_end],
+        rows=len(data.rewards),
+        layout="transitions from Python",
+        source="",
+    )
 
 
-def fitting_robot(path: Path) -> str:
-    """A hint for messages: the robot that the shapes of a file fit, if it is exactly one."""
-    try:
-        columns, _ = read_columns(path)
-    except InputError:
-        return ""
-    shapes = (columns["observations"].shape[1], columns["actions"].shape[1])
+def fitting_robot(observations: Any, actions: Any) -> str:
+    """A hint for messages: the robot that columns of these shapes fit, if it is exactly one."""
+    shapes = (observations.shape[-1], actions.shape[-1])
     fitting = [env_id for env_id, robot in ROBOTS.items() if robot[:2] == shapes]
     return f" (its shapes fit {fitting[0]})" if len(fitting) == 1 else ""
 
 
-def check_transitions(data: Transitions, environment: Environment, name: str) -> Transitions:
+def check_transitions(data: Transitions, env: Any, name: str) -> Transitions:
     """``data`` with actions in [-1, 1]. Raises InputError, with ``name``, if they do not fit."""
     n = len(data.rewards)
     expected = {
-        "observations": (n, environment.observation_dim),
-        "actions": (n, environment.action_dim),
+        "observations": (n, *env.observation_space.shape),
+        "actions": (n, *env.action_space.shape),
         "rewards": (n,),
-        "next_observations": (n, environment.observation_dim),
+        "next_observations": (n, *env.observation_space.shape),
         "terminations": (n,),
     }
     for key, shape in expected.items():
         column = getattr(data, key)
-        if tuple(column.shape) != shape:
+        if column.shape != shape or column.dtype != torch.float32:
             raise InputError(
-                f"{name}: {key} has shape {tuple(column.shape)}, but {shape} fits the environment;"
-                f" set env_id to that of the recording{fitting_robot(Path(name))}"
+                f"{name}: {key} is {column.dtype} {tuple(column.shape)}, but torch.float32 {shape}"
+                " fits the environment; set env_id to that of the recording"
+                f"{fitting_robot(data.observations, data.actions)}"
             )
-        if column.dtype != torch.float32:
-            raise InputError(f"{name}: {key} is {column.dtype}, but must be torch.float32")
-        if not np.isfinite(column.numpy()).all():
+        if not column.isfinite().all():
             raise InputError(f"{name}: {key} holds NaN or infinite values; remove those episodes")
     if n < 2:
         raise InputError(f"{name}: holds {n} transitions, but training needs two at least")
-    if not np.isin(data.terminations.numpy(), (0, 1)).all():
+    if not torch.isin(data.terminations, torch.tensor([0.0, 1.0])).all():
         raise InputError(f"{name}: terminations holds values other than 0 and 1")
+    observations = data.observations[data.terminations == 0]
+    successors = data.next_observations[data.terminations == 0]
+    moves = (observations != observations[:1]).any()
+    if moves and torch.equal(observations, successors):
+        raise InputError(f"{name}: next_observations are the observations; shift them by one step")
 
-    low = torch.tensor(environment.action_low, dtype=torch.float32)
-    high = torch.tensor(environment.action_high, dtype=torch.float32)
+    low = torch.from_numpy(env.action_space.low)
+    high = torch.from_numpy(env.action_space.high)
     tolerance = 1e-5 * (high - low) / 2
-    outside = (data.actions < low - tolerance) | (data.actions > high + tolerance)
-    if outside.any():
-        extreme = data.actions.abs().max().item()
+    if ((data.actions < low - tolerance) | (data.actions > high + tolerance)).any():
+        largest = data.actions.abs().max()
         raise InputError(
-            f"{name}: actions reach outside the action box (up to {extreme:.4g}); rescale them"
+            f"{name}: actions reach outside the action box (up to {largest:.4g}); rescale them"
         )
     if (low == -1).all() and (high == 1).all():
-        return data
-    return data._replace(actions=(data.actions - low) / (high - low) * 2 - 1)
+        actions = data.actions
+    else:
+        actions = (data.actions - low) / (high - low) * 2 - 1
+    used = actions.abs().max().item()
+    if used <= 0.6:
+        say(
+            f"NOTE   the actions stay within {used:.0%} of the action box, from"
+            f" {data.actions.min():.4g} to {data.actions.max():.4g}; are they in the environment's"
+            " units?"
+        )
+    return data._replace(actions=actions)
 
 
-def download(url: str, path: Path, environment: Environment) -> None:
-    """Fetch a data set; ``path`` is there only once it is whole and fits the environment.
-
-    Raises OSError or InputError.
-    """
+def download(url: str, path: Path) -> None:
+    """Fetch a data set; ``path`` is there only once it is whole. Raises OSError or InputError."""
     import pooch
+    import requests
 
     pooch.get_logger().setLevel("WARNING")
     downloader = pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, progressbar=sys.stderr.isatty())
-    part = f".{path.name}.{os.getpid()}.{threading.get_ident()}"
-    resolver = os.environ.get("RES_OPTIONS")
-    os.environ["RES_OPTIONS"] = "timeout:4 attempts:1"  # looking up a host has no other time-out
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        fetched = pooch.retrieve(url, None, part, path.parent, downloader=downloader)
-        check_transitions(read_transitions(fetched), environment, path.name)
-        os.replace(fetched, path)
+        pooch.retrieve(url, None, part.name, path.parent, downloader=downloader)
+        read_dataset(part)  # what came may be a page that tells of an error
+        os.replace(part, path)
+    except (requests.ConnectionError, requests.Timeout) as error:  # their text is all addresses
+        raise OSError(f"its server cannot be reached, {type(error).__name__}") from error
     finally:
-        if resolver is None:
-            del os.environ["RES_OPTIONS"]
-        else:
-            os.environ["RES_OPTIONS"] = resolver
-        path.with_name(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def find_dataset(dataset: str) -> Path:
-    """The file of ``dataset``: a path as it is; an id from cache, network or embedded samples.
+def find_dataset(dataset: str) -> tuple[Path, str]:
+    """The file of ``dataset``, and why it is an embedded sample (or "").
 
-    Raises InputError if an id has no file.
+    A path is taken as it is; an id comes from the cache, the network, or the samples. Raises
+    InputError if an id has no file.
     """
     if dataset not in DATASETS:
-        return Path(dataset)
+        return Path(dataset), ""
     try:
         folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     except RuntimeError as error:
         raise InputError(f"{dataset} has no folder ({error}); set D4RL_DATASET_DIR") from error
     cached = folder / f"{dataset}.hdf5"
-    if os.path.exists(cached):  # Path.exists raises for a folder that may not be looked into
-        return cached
-    env_id, key = DATASETS[dataset]
-    url = DOWNLOAD_URL.format(key=key, dataset=dataset)
+    if os.path.exists(cached):
+        return cached, ""
+    url = DOWNLOAD_URL.format(key=DATASETS[dataset][1], dataset=dataset)
     try:
-        download(url, cached, ROBOTS[env_id])
-        return cached
+        download(url, cached)
+        return cached, ""
     except (OSError, InputError) as error:
-        cause = str(error).split("Caused by ")[-1]  # what stands before it repeats the address
+        reason = f"{dataset} could not be downloaded ({error}); to have it, put {url} at {cached}"
         sample = SAMPLES / dataset.replace("-v0", "-sample.hdf5")
         if sample.exists():
-            say(f"NOTE   cannot download {dataset}: {cause}")
-            return sample
+            return sample, reason
         raise InputError(
-            f"cannot download {dataset}: {cause}; download {url} to {cached},"
-            f" or re-collect it: python data/make_bullet_dataset.py --id {dataset}"
+            f"{reason}, or re-collect it: python data/make_bullet_dataset.py --id {dataset}"
         ) from error
 
 
-def note_ends(dataset: Dataset, environment: Environment, limit: int) -> None:
+def note_ends(dataset: Dataset, env_id: str, limit: int) -> None:
     """Print a NOTE where time limits may have been read as terminations."""
-    if not len(dataset.ended_after):
+    ended_after = dataset.lengths[dataset.terminated]
+    if not len(ended_after):
         return
-    lengths, counts = np.unique(dataset.ended_after, return_counts=True)
+    lengths, counts = np.unique(ended_after, return_counts=True)
     commonest = lengths[counts.argmax()]
-    cause = ""
-    if environment.never_ends:
-        cause = f"{len(dataset.ended_after):,} terminations of a robot that never falls"
-    elif counts.max() > max(1, len(dataset.returns) / 2):
+    if env_id == NEVER_FALLS:
+        cause = f"{len(ended_after):,} terminations of a robot that never falls"
+    elif counts.max() > max(1, len(dataset.lengths) / 2):
         cause = f"{counts.max():,} terminations after just {commonest} steps, the limit is {limit}"
-    if cause:
-        remedy = f"if episodes were cut, set max_episode_steps (to {commonest}?)"
-        if "D4RL" in dataset.layout:
-            remedy = "if episodes were cut, mark that in 'timeouts' and not in 'terminals'"
-        say(f"NOTE   {cause}: {remedy}")
+    else:
+        return
+    remedy = f"set max_episode_steps (to {commonest}?)"
+    if "D4RL" in dataset.layout:
+        remedy = "mark that in 'timeouts' and not in 'terminals'"
+    say(f"NOTE   {cause}: if episodes were cut, {remedy}")
 
 
-def load_dataset(config: Config, environment: Environment) -> Dataset:
-    """Find, read, check and print the data set. Raises InputError."""
-    path = find_dataset(config.dataset)
-    limit = config.max_episode_steps or environment.max_episode_steps
-    dataset = read_dataset(path, limit)
-    data = check_transitions(dataset.transitions, environment, str(path))
-    dataset = dataset._replace(transitions=data)
-    returns = dataset.returns
-    figures = "none of them whole"
-    if len(returns):
-        figures = f"mean return {returns.mean():.1f} ± {returns.std():.1f}"
-    say(f"data   {path}: {dataset.rows:,} rows, {len(returns):,} episodes, {figures}")
-    terminations = int(data.terminations.sum())
+def load_dataset(config: Config, env: Any, data: Transitions | None = None) -> Dataset:
+    """Find, read, check and print the data set, or ``data`` of the caller's. Raises InputError."""
+    limit = config.max_episode_steps or env.spec.max_episode_steps
+    name = "data"
+    reason = ""
+    if data is None:
+        path, reason = find_dataset(config.dataset)
+        name = str(path)
+        dataset = read_dataset(path, limit)
+        checked = check_transitions(dataset.transitions, env, name)
+    else:
+        checked = check_transitions(data, env, name)
+        dataset = dataset_of(data)
+    dataset = dataset._replace(transitions=checked)
+
+    episodes = "no whole episode"
+    if len(dataset.returns):
+        mean = dataset.returns.mean()
+        std = dataset.returns.std()
+        episodes = f"{len(dataset.returns):,} episodes, mean return {mean:.1f} ± {std:.1f}"
+    say(f"data   {name}: {dataset.rows:,} rows, {episodes}")
+    terminations = int(checked.terminations.sum())
     say(
-        f"       {len(data.rewards):,} transitions, {terminations:,} of them terminations,"
+        f"       {len(checked.rewards):,} transitions, {terminations:,} of them terminations,"
         f" in {dataset.layout}"
     )
     if config.dataset in DATASETS and dataset.source:
-        say(f"NOTE   this is not the published {config.dataset}, but {dataset.source}")
-    note_ends(dataset, environment, limit)
+        note = f"this is not the published {config.dataset}, but {dataset.source}"
+        say(f"NOTE   {note}{reason and '. '}{reason}")
+    note_ends(dataset, environment_id(config), limit)
     return dataset
 
 
@@ -1148,278 +1067,189 @@ def environment_id(config: Config) -> str:
         return config.env_id
     if config.dataset in DATASETS:
         return DATASETS[config.dataset][0]
-    path = Path(config.dataset)
-    if path.suffix in (".hdf5", ".h5") or os.path.exists(path):
-        raise InputError(f"{path}: which environment? Set env_id{fitting_robot(path)}")
-    raise InputError(
-        f"dataset is {path}, but must be an .hdf5 file, with env_id, or of {', '.join(DATASETS)}"
-    )
+    if not os.path.exists(config.dataset):
+        raise InputError(
+            f"dataset is {config.dataset}, but must be an .hdf5 file, with env_id, or of"
+            f" {', '.join(DATASETS)}"
+        )
+    columns, _ = read_columns(Path(config.dataset))
+    hint = fitting_robot(columns["observations"], columns["actions"])
+    raise InputError(f"{config.dataset}: which environment? Set env_id{hint}")
 
 
 # --------------------------------------------------------------------------------------- evaluation
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Context in which no output is shown: pybullet prints, from C, whenever it is started."""
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    streams = {number: os.dup(number) for number in (1, 2)}
+    for number in streams:
+        os.dup2(nowhere, number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)  # what C holds back would come out when the program ends
+        for number, stream in streams.items():
+            os.dup2(stream, number)
+            os.close(stream)
+        os.close(nowhere)
 
 
-def make_environment(env_id: str, **options: Any) -> Any:
-    """The environment. To be called in a worker alone, as importing the simulator prints."""
-    import gymnasium
-    import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
+@contextlib.contextmanager
+def environment(env_id: str, film: bool = False) -> Iterator[Any]:
+    """Context with the environment, started; one that is not closed costs 6 MB."""
+    with quiet():
+        import gymnasium
+        import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
 
-    return gymnasium.make(env_id, **options)
+        options: Any = {"render_mode": "rgb_array"} if film else {}
+        env = gymnasium.make(env_id, **options)
+    with contextlib.closing(env):
+        with quiet():
+            # The reward of the first episode after creation is off by a constant: thrown away.
+            env.reset(seed=0)
+        yield env
 
 
-def describe_environment(env_id: str, film: bool = False) -> Environment:
-    """What the environment says of itself. Raises InputError if CIQL cannot act in it.
+def picture(env: Any) -> Any:
+    """What ``env`` shows, as a picture of 64 colours for a GIF."""
+    from PIL import Image
 
-    With ``film`` it must also be one that can be made to render.
+    return Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE)
+
+
+def check_environment(env_id: str, film: bool = False) -> Any:
+    """The environment, tried in one step and closed: its spaces and its spec can be asked.
+
+    Raises InputError if CIQL cannot act in it.
     """
     import gymnasium
 
     try:
-        env = make_environment(env_id, **({"render_mode": "rgb_array"} if film else {}))
-    except Exception as error:  # noqa: BLE001  (the environment's own code may raise anything)
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"env_id is {env_id}, which gymnasium cannot make ({reason});"
-            " MODULE:ID imports the module that registers it"
-        ) from None
-    observations = env.observation_space
-    actions = env.action_space
-    for space in (observations, actions):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            raise InputError(f"env_id is {env_id}, but {space} is no box of one dimension")
-    if not (np.isfinite(actions.low) & np.isfinite(actions.high)).all():
-        raise InputError(f"env_id is {env_id}, but its action box has no bounds: {actions}")
-    if env.spec.max_episode_steps is None:
-        raise InputError(f"env_id is {env_id}, which has no time limit; register it with one")
-    return Environment(
-        observation_dim=observations.shape[0],
-        action_dim=actions.shape[0],
-        max_episode_steps=env.spec.max_episode_steps,
-        action_low=tuple(actions.low.tolist()),
-        action_high=tuple(actions.high.tolist()),
-    )
+        with environment(env_id, film) as env:
+            for space in (env.observation_space, env.action_space):
+                if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+                    raise ValueError(f"{space} is no box of one dimension")
+            low = env.action_space.low
+            high = env.action_space.high
+            if not env.action_space.is_bounded():
+                raise ValueError(f"its action box has no bounds: {env.action_space}")
+            if (low >= high).any():
+                n = (low >= high).argmax()
+                raise ValueError(f"action {n} has no width, from {low[n]:g} to {high[n]:g}")
+            if env.spec.max_episode_steps is None:
+                raise ValueError("it has no time limit; register it with one")
+            observation, reward, *_ = env.step((low + high) / 2)
+            if not (np.isfinite(observation).all() and math.isfinite(reward)):
+                raise ValueError(f"its first step gives {observation} and reward {reward}")
+            if film:
+                picture(env)
+    except (Exception, SystemExit) as error:  # its own code may do anything
+        cause = "".join(traceback.format_exception_only(error)).strip()
+        raise InputError(f"env_id is {env_id}, which CIQL cannot act in: {cause}") from error
+    return env
 
 
-def play_episode(policy: str, env_id: str, seed: int, film: str = "") -> float:
-    """Undiscounted return of an episode: a pure function of seed and (pickled, in a file) policy.
+def play_episode(
+    policy: Any, env_id: str, seed: int, stop: Sequence[int] = (), frames: list[Any] | None = None
+) -> float:
+    """Undiscounted return of an episode, a function of policy and seed alone; until a ``stop``.
 
-    ``film`` is the path of a GIF of its first ten seconds.
+    ``frames`` is given pictures of the first ten seconds. Raises RuntimeError for whatever the
+    environment raises, as by sys.exit() it would end a run that is not complete.
     """
     import gymnasium
-    from PIL import Image
 
-    actor = pickle.loads(Path(policy).read_bytes())
-    env = make_environment(env_id, **({"render_mode": "rgb_array"} if film else {}))
-    box = env.action_space
-    if not ((box.low == -1) & (box.high == 1)).all():
-        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    # The reward of the first episode after creation is off by a constant: it is thrown away.
-    env.reset(seed=seed)
-    observation, _ = env.reset(seed=seed)
     total = 0.0
-    images = []
-    for t in itertools.count():
-        if film and t < 600 and t % 3 == 0:  # 20 frames of the simulator's 60 steps per second
-            frame = Image.fromarray(env.render())
-            images.append(frame.quantize(64, dither=Image.Dither.NONE))
-        observation, reward, terminated, truncated, _ = env.step(actor.act(observation))
-        total += float(reward)
-        if terminated or truncated:
-            break
-    env.close()
-    if film:
-        gif = io.BytesIO()
-        images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
-        write_whole(Path(film), gif.getvalue())
+    try:
+        with environment(env_id, film=frames is not None) as env:
+            box = env.action_space
+            if not ((box.low == -1) & (box.high == 1)).all():
+                env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+            observation, _ = env.reset(seed=seed)
+            for t in itertools.count():
+                if frames is not None and t < 600 and t % 3 == 0:  # 20 of the 60 in a second
+                    frames.append(picture(env))
+                observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
+                total += float(reward)
+                if terminated or truncated or stop:
+                    break
+    except BaseException as error:
+        cause = "".join(traceback.format_exception_only(error)).strip()
+        raise RuntimeError(f"an episode of {env_id}, seed {seed}, failed: {cause}") from error
     return total
 
 
-def start_worker() -> None:
-    """Prepare a worker: silent, one thread, out of the signals' way, and gone with its parent."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # the simulator prints from C; errors travel to the parent
-        os.dup2(silence, stream)
-    torch.set_num_threads(1)
-    # In a session of its own a worker gets no signal to the run's process group. Those that waited
-    # are dropped, except SIGTERM, with which the pool ends workers.
-    os.setsid()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-class EvaluationPool:
-    """Worker processes that play episodes. The simulator, and what it prints, is in them alone."""
-
-    def __init__(self, env_id: str, workers: int, film: bool = False) -> None:
-        self.env_id = env_id
-        self.size = workers
-        self.film = film
-        try:
-            self.start()
-        except OSError as error:
-            raise InputError(
-                f"worker processes cannot be started ({error}); they need a writable /dev/shm"
-            ) from error
-
-    def start(self) -> None:
-        """Start the workers, without waiting for them. Raises OSError."""
-        others = multiprocessing.active_children()
-        context = multiprocessing.get_context("spawn")
-        # Workers inherit the mask: signals wait until a worker has reached ``start_worker``.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            self.executor = concurrent.futures.ProcessPoolExecutor(
-                self.size, context, initializer=start_worker
-            )
-            # multiprocessing's resource tracker, which it starts, unblocks SIGINT and SIGTERM.
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            descriptions = [  # one per worker: the executor starts a process per task
-                self.executor.submit(describe_environment, self.env_id, self.film)
-                for _ in range(self.size)
-            ]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.description = descriptions[0]
-        self.workers = [child for child in multiprocessing.active_children() if child not in others]
-
-    def environment(self) -> Environment:
-        """What the environment says of itself, once a worker is up. Raises InputError."""
-        try:
-            return self.description.result()
-        except BrokenProcessPool:
-            raise InputError(
-                "the worker processes ended at once: out of memory, or a program calls train"
-                ' without if __name__ == "__main__":'
-            ) from None
-
-    def play(
-        self, policy: nn.Module, seeds: Sequence[int], stop: Sequence[int] = (), film: str = ""
-    ) -> np.ndarray | None:
-        """Returns (len(seeds),) of episodes that ``policy`` plays; None once there is a ``stop``.
-
-        ``stop`` is the list that ``stop_signals`` adds to meanwhile. The first episode is filmed as
-        well, if ``film`` is a path. Where a worker dies, all play again in new ones. Raises
-        ChildProcessError if that fails too.
-        """
-        # The workers read the policy from a file, as a dead worker may leave the pipe full.
-        with tempfile.NamedTemporaryFile() as file:
-            # a copy, as pickle would store the policy's vector once per parameter
-            pickle.dump(copy.deepcopy(policy).cpu(), file)
-            file.flush()
-            tasks = [(file.name, self.env_id, seed) for seed in seeds]
-            for _ in range(2):
-                try:
-                    episodes = [self.executor.submit(play_episode, *task) for task in tasks]
-                    waiting = set(episodes)
-                    if film:
-                        filmed = self.executor.submit(play_episode, *tasks[0], film)
-                        waiting.add(filmed)
-                    while waiting:
-                        if stop:
-                            return None
-                        _, waiting = concurrent.futures.wait(waiting, timeout=0.1)
-                    returns = np.array([episode.result() for episode in episodes])
-                    if film:
-                        fault = filmed.exception()
-                        if fault:
-                            say(f"NOTE   there is no film: {printable(str(fault))}")
-                        else:
-                            say(f"film   {film}")
-                    return returns
-                except BrokenProcessPool:
-                    self.close()
-                    self.start()
-        raise ChildProcessError("worker processes die in the evaluation (out of memory?)")
-
-    def close(self) -> None:
-        """End the workers, whatever they are doing."""
-        for worker in self.workers:
-            worker.kill()
-        self.executor.shutdown(cancel_futures=True)
-
-
 def evaluate(
-    pool: EvaluationPool,
-    policy: nn.Module,
-    config: Config,
-    environment: Environment,
-    step: int,
-    stop: Sequence[int] = (),
-    film: str = "",
+    policy: nn.Module, config: Config, step: int, stop: Sequence[int] = ()
 ) -> dict[str, float]:
-    """Play ``policy``, as it is after ``step``; prints a line, returns columns of metrics.csv.
+    """Play ``policy``, as it is after ``step``; prints a line, returns a row of metrics.csv.
 
-    The episodes are new at each step, and the same in every run of a seed. None are returned once
-    there is a ``stop``.
+    The episodes are new at each step, and the same in every run of a seed. A ``stop`` ends them at
+    once: the row is empty then.
     """
+    env_id = environment_id(config)
+    actor = copy.deepcopy(policy).cpu().eval()
     seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.eval_episodes)
-    returns = pool.play(policy, seeds.tolist(), stop, film)
-    if returns is None:
-        return {}
-    columns = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+    episodes = []
+    for seed in seeds.tolist():
+        episodes.append(play_episode(actor, env_id, seed, stop))
+        if stop:
+            return {}
+    returns = np.array(episodes)
+    row: dict[str, float] = {"step": step}
+    row["return_mean"] = float(returns.mean())
+    row["return_std"] = float(returns.std())
     line = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
-    if environment.random_return is not None:
-        columns["score"] = float(environment.score(returns.mean()))
-        line += f"  score {columns['score']:.1f}"
+    if env_id in ROBOTS:
+        row["score"] = float(ROBOTS[env_id].score(returns.mean()))
+        line += f"  score {row['score']:.1f}"
     say(f"step {step:>9,}  {line}")
-    for n, episode_return in enumerate(returns, start=1):
-        columns[f"return_{n}"] = float(episode_return)
-    return columns
+    for number, episode_return in enumerate(episodes, start=1):
+        row[f"return_{number}"] = episode_return
+        if not math.isfinite(episode_return):
+            say(
+                f"NOTE   episode {number} returned {episode_return}: {env_id} pays no finite reward"
+            )
+    return row
+
+
+def film(path: Path, policy: nn.Module, config: Config) -> None:
+    """Write a GIF of an episode."""
+    frames: list[Any] = []
+    actor = copy.deepcopy(policy).cpu().eval()
+    play_episode(actor, environment_id(config), config.seed, frames=frames)
+    gif = io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
+    write_whole(path, gif.getvalue())
+    say(f"film   {path}")
 
 
 # ------------------------------------------------------------------------------------------ records
-@dataclass
-class Progress:
-    """How far a run is: what a checkpoint holds besides the agent and the random state."""
-
-    step: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.csv
-    row: dict[str, float] = field(default_factory=dict)  # the next one, until it is complete
-    sums: Metrics = field(default_factory=dict)  # of the metrics since the last log line
-    summed: int = 0  # steps in ``sums``
-    evaluation_due: bool = False  # after this step, if it was stopped before
-
-
-def find_wandb(config: Config) -> None:
-    """Raise InputError if Weights & Biases are asked for and not installed."""
-    if config.wandb_project:
-        spec = importlib.util.find_spec("wandb")
-        if spec is None or spec.origin is None:  # a folder of that name has no origin
-            raise InputError("wandb_project is set, but wandb is not installed; pip install wandb")
-
-
 def start_wandb(folder: Path, config: Config) -> Any:
-    """A run of Weights & Biases that follows TensorBoard. Raises InputError if it cannot start."""
+    """A run of Weights & Biases. Raises InputError if it cannot start."""
     import wandb
 
-    place = folder.resolve()
-    name = re.sub(r"[^\w.-]", "-", place.name, flags=re.ASCII)
+    name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)
     try:
-        return wandb.init(
+        run = wandb.init(
             project=config.wandb_project,
-            id=f"{name}-{zlib.crc32(os.fsencode(place)):08x}",  # a resumed run goes on there
+            id=f"{name}-{zlib.crc32(str(folder.resolve()).encode()):08x}",  # a resumed run goes on
             dir=folder,
             config=dataclasses.asdict(config),
-            settings=wandb.Settings(silent=True, init_timeout=20),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20),
             resume="allow",
             reinit="finish_previous",
-            sync_tensorboard=True,
         )
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"Weights & Biases does not start ({reason}); wandb login, or set WANDB_MODE=offline"
         ) from error
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 class Log:
@@ -1430,37 +1260,32 @@ class Log:
 
         self.path = folder / "metrics.csv"
         self.rows = rows  # the list that the checkpoint holds
-        self.columns: list[str] = []
         self.wandb = start_wandb(folder, config) if config.wandb_project else None
         # What an earlier process wrote after its last checkpoint is hidden.
         self.board = SummaryWriter(folder, purge_step=rows[-1]["step"] + 1 if rows else 0)
-        settings = dataclasses.asdict(config)
-        lines = [f"| {name} | {printable(str(value))} |" for name, value in settings.items()]
+        settings = dataclasses.asdict(config).items()
+        lines = [f"| {name} | {value} |" for name, value in settings]
         self.board.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]))
-        self.write_rows()
-
-    def write_rows(self) -> None:
-        """Write metrics.csv anew, with a column for all that any row has."""
-        self.columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step"]
-        content = io.StringIO()
-        writer = csv.DictWriter(content, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.path, content.getvalue().encode())
 
     def write(self, row: dict[str, float]) -> None:
-        """Add a row."""
+        """Add a row, once it is in the file."""
+        rows = [*self.rows, row]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, table.getvalue().encode())
         self.rows.append(row)
-        if row.keys() <= set(self.columns):
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        else:  # a figure that no row had until now
-            self.write_rows()
-        for name, value in row.items():
-            if name != "step":
-                group = "evaluation" if name.startswith(("return", "score")) else "training"
-                self.board.add_scalar(f"{group}/{name}", value, int(row["step"]))
+
+        group = "evaluation" if "return_mean" in row else "training"
+        figures = {f"{group}/{name}": value for name, value in row.items() if name != "step"}
+        for name, value in figures.items():
+            self.board.add_scalar(name, value, int(row["step"]))
         self.board.flush()
+        if self.wandb:
+            # Its own count is that of rows: one that a resumed run writes again is the same one.
+            self.wandb.log(figures | {"step": row["step"]}, step=len(self.rows), commit=True)
 
     def close(self) -> None:
         self.board.close()
@@ -1468,17 +1293,80 @@ class Log:
             self.wandb.finish()
 
 
+def processor() -> str:
+    """The name of this machine's processor, where the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.machine()
+
+
+def commit() -> str:
+    """The git commit of this file, with "+changes" where the tree has any; "" without git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        answer = subprocess.run(
+            command,
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # there is no git
+        return ""
+    return answer.stdout.strip()
+
+
+def write_provenance(folder: Path, config: Config, agent: CIQL, checksum: int) -> None:
+    """Write config.json, with an entry of what trains from this step on, and copy the code."""
+    path = folder / "config.json"
+    processes = json.loads(path.read_text())["processes"] if config.resume else []
+    process = {
+        "from_step": agent.steps,
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "agent": type(agent).__name__,
+        "policy": type(agent.evaluated_policy()).__name__,
+        "data_checksum": f"{checksum:08x}",
+        "commit": commit(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "processor": processor(),
+    }
+    settings = dataclasses.asdict(config) | {"processes": [*processes, process]}
+    write_whole(path, json.dumps(settings, indent=2).encode())
+    code = folder / f"code-from-step-{agent.steps}"
+    code.mkdir(exist_ok=True)
+    for module in (sys.modules[__name__], sys.modules[type(agent).__module__]):
+        source = getattr(module, "__file__", None)  # what is typed into Python has none
+        if source:
+            shutil.copy(source, code)
+
+
+CHECKPOINT_VERSION = 2
+
+
 def save_checkpoint(
-    folder: Path, agent: CIQL, progress: Progress, config: Config, checksum: int
+    folder: Path,
+    config: Config,
+    checksum: int,
+    agent: CIQL,
+    rows: Sequence[dict[str, float]],
+    sums: Metrics,
 ) -> None:
     """Write checkpoint.pt: all that the steps to come depend on."""
     policy = agent.evaluated_policy()
     checkpoint = {
+        "version": CHECKPOINT_VERSION,
         "config": json.dumps(dataclasses.asdict(config)),
-        "checksum": checksum,
-        "progress": vars(progress),
+        "checksum": checksum,  # of the data
+        "rows": rows,  # of metrics.csv
+        "sums": sums,  # of the metrics since the last line of losses
+        "step": agent.steps,
         "agent_class": type(agent).__name__,
-        "agent": agent.state_dict(),
+        "agent": agent.training_state(),
+        "policy_class": type(policy).__name__,
         "policy": policy.state_dict(),
         "dims": (agent.observation_dim, agent.action_dim),
         "random_state": torch.get_rng_state(),
@@ -1493,73 +1381,95 @@ def config_from_json(text: str) -> Config:
     """Saved settings. One that the version did not have takes its default, one gone is dropped."""
     known = {setting.name for setting in dataclasses.fields(Config)}
     values = {name: value for name, value in json.loads(text).items() if name in known}
-    values["hidden_sizes"] = tuple(values["hidden_sizes"])
+    for name, value in values.items():
+        if isinstance(value, list):  # JSON has no tuples
+            values[name] = tuple(value)
     return Config(**values)
 
 
 def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     """The checkpoint in a run folder, on the CPU. Raises InputError if it cannot be read."""
-    folder = Path(folder)
-    path = folder / "checkpoint.pt"
+    path = Path(folder, "checkpoint.pt")
     try:
         content = path.read_bytes()
-    except NotADirectoryError as error:
-        raise InputError(f"{folder} is a file; name the run's folder, {folder.parent}") from error
-    except FileNotFoundError as error:
-        if folder.exists():
-            cause = "has no checkpoint.pt; a run has one after its first evaluation"
-        else:
-            cause = "is not there; name the folder of a run, as the log gives it"
-        raise InputError(f"{folder} {cause}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); is it yours?") from error
-    try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load looks at no checksum
             raise ValueError("a part of it has changed")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         checkpoint["config"] = config_from_json(checkpoint["config"])
-        checkpoint["progress"] = Progress(**checkpoint["progress"])
-        return checkpoint
+        if checkpoint["version"] != CHECKPOINT_VERSION:
+            raise ValueError("a part of it has another meaning")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); name the folder of a run that was evaluated"
+            " or stopped, as its log gives it"
+        ) from error
     except Exception as error:  # torch raises anything for a file that is damaged
         raise InputError(
             f"{path} cannot be read ({type(error).__name__}); it is damaged, or of another version"
         ) from error
+    return checkpoint
 
 
-def load_policy(run: str | Path | dict[str, Any]) -> GaussianPolicy:
-    """The policy of a run folder or its checkpoint, on the CPU, ready to ``act``.
+def load_policy(
+    run: str | Path, make_policy: Callable[[int, int, Config], Any] = make_policy
+) -> Any:
+    """The policy of a run folder, on the CPU, ready to ``act``; ``make_policy`` is the agent's own.
 
-    Raises as ``load_checkpoint``.
+    Raises InputError if it cannot be read, or is of another class than ``make_policy`` makes.
     """
-    checkpoint = run if isinstance(run, dict) else load_checkpoint(run)
+    checkpoint = load_checkpoint(run)
     observation_dim, action_dim = checkpoint["dims"]
     policy = make_policy(observation_dim, action_dim, checkpoint["config"])
+    if type(policy).__name__ != checkpoint["policy_class"]:
+        raise InputError(
+            f"{run} holds a {checkpoint['policy_class']}, but make_policy makes a"
+            f" {type(policy).__name__}; load_policy(run, make_policy=...) takes another"
+        )
     try:
         policy.load_state_dict(checkpoint["policy"])
     except RuntimeError as error:
-        raise InputError("the run's policy is of another class than make_policy makes") from error
-    return policy
+        raise InputError(f"{run} holds another {checkpoint['policy_class']}: {error}") from error
+    return policy.eval()
 
 
 class Curve(NamedTuple):
     """The evaluations of a run."""
 
     steps: np.ndarray  # (E,)
-    returns: np.ndarray  # (E, eval_episodes); NaN where an evaluation had fewer
+    means: np.ndarray  # (E,), of an evaluation's episodes
+    returns: list[np.ndarray]  # E of (eval_episodes,), of each episode
 
 
 def curve_of(rows: Sequence[dict[str, float]]) -> Curve:
     """The evaluations among the rows of metrics.csv."""
-    steps = []
+    evaluations = [row for row in rows if "return_mean" in row]
     returns = []
-    for row in rows:
-        if "return_mean" in row:
-            steps.append(int(row["step"]))
-            names = [name for name in row if name.removeprefix("return_").isdigit()]
-            returns.append([row[name] for name in names])
-    most = max(map(len, returns), default=0)
-    padded = [episodes + [math.nan] * (most - len(episodes)) for episodes in returns]
-    return Curve(np.array(steps, int), np.array(padded, float).reshape(len(steps), most))
+    for row in evaluations:
+        names = [name for name in row if name.removeprefix("return_").isdigit()]
+        returns.append(np.array([row[name] for name in names]))
+    return Curve(
+        steps=np.array([row["step"] for row in evaluations], int),
+        means=np.array([row["return_mean"] for row in evaluations], float),
+        returns=returns,
+    )
+
+
+class Final(NamedTuple):
+    """What a run's policy returns in the end."""
+
+    value: float
+    evaluations: int  # of which it is the mean
+    of: int
+
+    def __str__(self) -> str:
+        words = f"the mean of the last {self.evaluations} of {self.of} evaluations"
+        return words if self.evaluations < self.of else f"the mean of all {self.of} evaluations"
+
+
+def final_return(means: Sequence[float] | np.ndarray) -> Final:
+    """The mean of the last tenth of a run's evaluations, of three at least (or all there are)."""
+    last = np.asarray(means)[-max(3, len(means) // 10) :]
+    return Final(float(last.mean()), len(last), len(means))
 
 
 def method_name(config: Config, agent: str = "CIQL") -> str:
@@ -1577,103 +1487,109 @@ def title_of(config: Config, agent: str, source: str) -> str:
     """The picture's title: method, data set, and what is not the default."""
     recollected = source and config.dataset in DATASETS
     note = " (re-collected, not the published file)" if recollected else ""
-    stem = printable(Path(config.dataset).stem)
+    stem = Path(config.dataset).stem
     return f"{method_name(config, agent)} on {stem}{note}\n{', '.join(varied_words(config))}"
 
 
-def draw_score(axes: Any, environment: Environment) -> None:
-    """Score axis at the right, random and expert as lines, if there are such references.
+def draw_score(axes: Any, robot: Robot) -> None:
+    """Score axis at the right, random and expert as lines.
 
     The range stays that of what is drawn: a far reference is in the legend alone.
     """
-    if environment.random_return is None or environment.expert_return is None:
-        return
     limits = axes.get_ylim()
-    random = environment.random_return
-    expert = environment.expert_return
+    random = robot.random_return
+    expert = robot.expert_return
     axes.axhline(random, color="C2", linestyle=":", label=f"random, {random:.0f}")
     axes.axhline(expert, color="C4", linestyle="-.", label=f"expert, {expert:.0f}")
     axes.set_ylim(limits)
     unscore = np.poly1d([(expert - random) / 100, random])
-    right = axes.secondary_yaxis("right", functions=(environment.score, unscore))
+    right = axes.secondary_yaxis("right", functions=(robot.score, unscore))
     right.set_ylabel("normalised score")
 
 
-def draw(
-    path: Path,
-    curve: Curve,
-    environment: Environment,
-    data_returns: np.ndarray,
-    title: str,
-) -> None:
+def draw(paths: Sequence[Path], curve: Curve, title: str, dataset: Dataset, env_id: str) -> None:
     """Write the picture: evaluation returns against gradient steps, with their references."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    episodes = curve.returns.shape[1]
-    mean = np.nanmean(curve.returns, 1)
-    axes.plot(curve.steps, mean, "o-", markersize=3, label=f"mean of {episodes} episodes")
-    for returns in curve.returns.T:
-        axes.plot(curve.steps, returns, ".", color="C0", alpha=0.25, markersize=4, zorder=1)
-    if len(data_returns):
-        value = data_returns.mean()
+    final = final_return(curve.means)
+    label = f"evaluations; final {final.value:.0f} is\n{final}"
+    axes.plot(curve.steps, curve.means, "o-", markersize=3, label=label)
+    steps = np.repeat(curve.steps, [len(returns) for returns in curve.returns])
+    episodes = np.concatenate(curve.returns)
+    axes.plot(
+        steps, episodes, ".", color="C0", alpha=0.25, markersize=4, zorder=1, label="episodes"
+    )
+    if len(dataset.returns):
+        value = dataset.returns.mean()
         axes.axhline(value, color="C3", linestyle="--", label=f"data set, {value:.0f}")
-    draw_score(axes, environment)
+    if env_id in ROBOTS:
+        draw_score(axes, ROBOTS[env_id])
     axes.set(xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=110)
-    write_whole(path, content.getvalue())
+    for path in paths:
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix[1:], dpi=110)
+        write_whole(path, content.getvalue())
 
 
 # ----------------------------------------------------------------------------------------- training
-def end_if_imported_by_a_worker() -> None:
-    """End a worker whose import of the main program calls train; the parent reports it."""
-    for frame in inspect.stack():
-        if frame.function == "<module>" and frame.frame.f_globals["__name__"] == "__mp_main__":
-            os._exit(1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
-def torch_settings(config: Config) -> Iterator[int]:
-    """Context in which torch works with one thread per operation and the precision of ``config``.
+def stop_signals() -> Iterator[list[int]]:
+    """Context in which signals that ask to stop join the list it gives.
 
-    It gives the number of threads that parts of a batch are worked by.
+    Signals that are ignored stay so: nohup and shells ignore some for what they start.
     """
+    caught: list[int] = []
+    usual = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere none can be caught
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                usual[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def torch_settings(config: Config) -> Iterator[None]:
+    """Context in which torch works with the threads and the precision of ``config``."""
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
+    # Where there is a penalty half of the threads are of the losses, half of the gaps.
+    torch.set_num_threads(max(1, config.threads // 2) if config.alpha > 0 else config.threads)
     torch.set_float32_matmul_precision(config.matmul_precision)
     try:
-        yield config.threads or threads
+        yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-
-
-def thread_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-    """Threads for the parts of a batch, each with one thread per operation."""
-    return concurrent.futures.ThreadPoolExecutor(
-        threads, initializer=torch.set_num_threads, initargs=(1,)
-    )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Is that what the error tells? torch has a class for it on CUDA alone."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
 def checksum_of(data: Transitions) -> int:
     """The CRC-32 by which a resumed run recognises its data."""
     checksum = 0
     for column in data:
-        checksum = zlib.crc32(np.ascontiguousarray(column.numpy()).data, checksum)
+        checksum = zlib.crc32(column.contiguous().numpy().data, checksum)
     return checksum
+
+
+def folder_of(config: Config) -> Path:
+    """The run's folder, which need not be there."""
+    if config.resume:
+        return Path(config.resume)
+    words = "-".join([Path(config.dataset).stem, *varied_words(config)])[:150]
+    name = f"{words}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    return Path(config.out_dir, config.name or re.sub(r"[^\w.+-]", "_", name))
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
@@ -1688,49 +1604,60 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def taken(folder: Path) -> InputError:
-    return InputError(f"{folder} is there already; take another --name, or remove it")
+def make_folder(folder: Path) -> None:
+    """Make the folder of a new run, or take that of one which was killed before its checkpoint.
 
-
-def make_folder(config: Config) -> Path:
-    """The folder of a new run. Raises InputError if it cannot be made."""
-    words = "-".join([printable(Path(config.dataset).stem), *varied_words(config)])
-    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    name = config.name or re.sub(r"[^\w.+-]", "_", f"{words[:150]}-{now}")
-    folder = Path(config.out_dir, name)
+    Raises InputError if it cannot be made, or holds something else.
+    """
     try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise taken(folder) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error}); take another --out-dir") from error
-    return folder
+    if strange and "config.json" not in strange:
+        raise InputError(f"{folder} is there, and no run; take another --name, or remove it")
 
 
-def restore(checkpoint: dict[str, Any], agent: CIQL, config: Config, checksum: int) -> Progress:
-    """Put the agent and the random state back, and return how far the run was.
+def continue_run(config: Config, saved: Config) -> Config:
+    """``config`` as that of the run which is there under its name: the same command came again.
 
-    Prints a NOTE where settings changed. Raises InputError where it cannot go on.
+    So does a job that is queued again. Raises InputError if it would learn something else.
     """
+    folder = folder_of(config)
+    changed = differences(config, saved)
+    if changed:
+        listed = [
+            f"{name} {getattr(saved, name)} and not {value}" for name, value in changed.items()
+        ]
+        raise InputError(
+            f"{folder} is there already, with {', '.join(listed)}; take another --name, or change"
+            f" that run with --resume {folder}"
+        )
+    say(f"NOTE   {folder} is there already: the run goes on")
+    return dataclasses.replace(config, name="", resume=str(folder))
+
+
+def restore(checkpoint: dict[str, Any], config: Config, checksum: int, agent: CIQL) -> None:
+    """Put the agent and the random state back. Raises InputError if the run cannot go on."""
     saved: Config = checkpoint["config"]
-    progress: Progress = checkpoint["progress"]
     if checkpoint["checksum"] != checksum:
         raise InputError(
             f"{config.resume} was trained on other data than {config.dataset}; put those back"
         )
-    if progress.step > config.max_steps:
+    if checkpoint["step"] > config.max_steps:
         raise InputError(
-            f"max_steps is {config.max_steps}, but {config.resume} is at step {progress.step};"
+            f"max_steps is {config.max_steps}, but {config.resume} is at step {checkpoint['step']};"
             " raise it"
         )
-    if checkpoint["agent_class"] != type(agent).__name__:
-        raise InputError(
-            f"{config.resume} holds a {checkpoint['agent_class']}, not a {type(agent).__name__};"
-            " resume it with the make_agent that it was trained with"
-        )
+    for key, part in (("agent_class", agent), ("policy_class", agent.evaluated_policy())):
+        if checkpoint[key] != type(part).__name__:
+            raise InputError(
+                f"{config.resume} holds a {checkpoint[key]}, not a {type(part).__name__}; resume it"
+                " with the make_agent and make_policy that it was trained with"
+            )
     try:
-        agent.load_state_dict(checkpoint["agent"])
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        agent.load_training_state(checkpoint["agent"])
+    except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{config.resume} holds an agent of another size or version; resume it with its own"
             " hidden_sizes and version"
@@ -1741,146 +1668,57 @@ def restore(checkpoint: dict[str, Any], agent: CIQL, config: Config, checksum: i
     if changed:
         listed = [f"{name} {value} (was {getattr(saved, name)})" for name, value in changed.items()]
         say(f"NOTE   the run goes on with other settings: {', '.join(listed)}")
-    progress.sums = {name: total.to(agent.device) for name, total in progress.sums.items()}
     torch.set_rng_state(checkpoint["random_state"])
     if not agent.on_cpu and checkpoint["cuda_random_state"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_random_state"], agent.device)
-    return progress
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Context in which signals that ask to stop join the list it gives. A second SIGINT interrupts.
-
-    Signals that are ignored stay so: nohup and shells ignore some for what they start.
-    """
-    caught: list[int] = []
-    first = math.inf
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal first
-        now = time.monotonic()
-        first = min(first, now)
-        if number == signal.SIGINT and now > first + 1:  # not the same one, sent twice
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    usual = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere none can be caught
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                usual[number] = signal.signal(number, handle)
-    try:
-        yield caught
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+def last_step(rows: Sequence[dict[str, float]], column: str) -> int:
+    """The step of the last row that has this column; 0 if none has."""
+    return int(max((row["step"] for row in rows if column in row), default=0))
 
 
-@dataclass
-class Run:
-    """A training that is under way, as ``train`` prepared it."""
-
-    config: Config
-    agent: CIQL
-    data: Transitions
-    data_returns: np.ndarray
-    checksum: int  # of the data
-    environment: Environment
-    pool: EvaluationPool
-    folder: Path
-    log: Log
-    progress: Progress
-    title: str  # of the picture
-
-    def learn(self, stop: Sequence[int], report: Callable[..., object] | None) -> None:
-        """Take the gradient steps that are left, or those until there is a ``stop``."""
-        config = self.config
-        progress = self.progress
-        bar = tqdm(desc="train", total=config.max_steps, initial=progress.step, disable=None)
-        since = time.perf_counter()  # steps per second are those since then
-        timed = progress.step
-        with bar:
-            while True:
-                if progress.evaluation_due:  # it may be so at the start of a resumed run
-                    self.check_finite()
-                    self.evaluate(stop)
-                    since = time.perf_counter()
-                    timed = progress.step
-                    if report and not progress.evaluation_due:
-                        report(self.log.rows[-1], self.folder)
-                elif progress.row:
-                    row = progress.row
-                    progress.row = {}
-                    self.log.write(row)
-                if stop or progress.step == config.max_steps:
-                    break
-
-                metrics = self.agent.update(self.data)
-                for name, figure in metrics.items():  # on the device: nothing waits for it
-                    progress.sums[name] = progress.sums.get(name, 0) + figure
-                progress.summed += 1
-                progress.step += 1
-                is_last = progress.step == config.max_steps
-                progress.evaluation_due = is_last or progress.step % config.eval_interval == 0
-                bar.update()
-                if progress.step % config.log_interval == 0:
-                    self.check_finite()
-                    self.log_losses((progress.step - timed) / (time.perf_counter() - since))
-                    since = time.perf_counter()
-                    timed = progress.step
-
-    def log_losses(self, steps_per_second: float) -> None:
-        """Begin the row of the means of the metrics since the last one, and print them.
-
-        A line that cannot be printed, to a full disk or a closed pipe, loses none of them.
-        """
-        progress = self.progress
-        losses = {name: (total / progress.summed).item() for name, total in progress.sums.items()}
-        progress.row = {"step": progress.step, **losses, "steps_per_second": steps_per_second}
-        progress.sums = {}
-        progress.summed = 0
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        say(f"step {progress.step:>9,}  {figures}  {steps_per_second:.0f} steps/s")
-
-    def evaluate(self, stop: Sequence[int]) -> None:
-        """Evaluate and save, unless there is a ``stop``: then it stays due."""
-        config = self.config
-        progress = self.progress
-        is_last = progress.step == config.max_steps
-        film = str(self.folder / "policy.gif") if config.film and is_last else ""
-        policy = self.agent.evaluated_policy()
-        columns = evaluate(self.pool, policy, config, self.environment, progress.step, stop, film)
-        if not columns:
-            return
-        row = {"step": progress.step} | progress.row | columns
-        progress.row = {}
-        progress.evaluation_due = False
-        self.log.write(row)
-        self.save()
-        curve = curve_of(self.log.rows)
-        for path in (Path(config.plot), self.folder / Path(config.plot).name):
-            draw(path, curve, self.environment, self.data_returns, self.title)
-
-    def save(self) -> None:
-        """Write the checkpoint. Raises OSError, and FloatingPointError rather than save NaN."""
-        self.check_finite()
-        save_checkpoint(self.folder, self.agent, self.progress, self.config, self.checksum)
-
-    def check_finite(self) -> None:
-        """Raise FloatingPointError if a loss or weight is NaN or infinite, before it is saved."""
-        sums = self.progress.sums
-        bad = [name for name, total in sums.items() if not total.isfinite()]
-        if not bad and all(weight.isfinite().all() for weight in self.agent.vectors):
-            return
-        largest = self.data.rewards.abs().max().item()
-        remedy = f"lower lr, or scale the rewards (up to {largest:.3g} here)"
-        if bad and set(bad) <= {"policy_loss", "policy_std"}:
-            remedy = "lower lr, beta or max_weight"
-        names = ", ".join(bad) or "a weight"
+def check_finite(agent: CIQL, sums: Metrics, data: Transitions) -> None:
+    """Raise FloatingPointError if a loss or weight is NaN or infinite, before it is saved."""
+    bad = [name for name, total in sums.items() if not total.isfinite()]
+    if bad or not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(
-            f"{names} became NaN or infinite up to step {self.progress.step:,}; {remedy}"
+            f"{', '.join(bad) or 'a weight'} became NaN or infinite up to step {agent.steps:,};"
+            " lower lr, beta or max_weight, or scale the rewards (up to"
+            f" {data.rewards.abs().max():.3g} here)"
         )
+
+
+# The log has these columns in this order, and then those that an idea adds.
+METRICS_ORDER = (
+    "value_loss",
+    "q_loss",
+    "policy_loss",
+    "penalty",
+    "gap1",
+    "gap2",
+    "q",
+    "v",
+    "advantage",
+    "policy_std",
+    "clamp_open",
+)
+
+
+def log_losses(log: Log, agent: CIQL, sums: Metrics, steps: int, steps_per_second: float) -> None:
+    """Write and print the means of the metrics over ``steps`` steps, and empty ``sums``."""
+    names = dict.fromkeys([*METRICS_ORDER, *sums])
+    means = {name: (sums[name] / steps).item() for name in names if name in sums}
+    log.write({"step": agent.steps, **means, "steps_per_second": steps_per_second})
+    sums.clear()
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+    say(f"step {agent.steps:>9,}  {figures}  {steps_per_second:.0f} steps/s")
+
+
+def remove_if_not_begun(folder: Path, agent: CIQL) -> None:
+    """Leave no folder behind where a run failed before its first step."""
+    if agent.steps == 0 and not (folder / "checkpoint.pt").exists():
+        shutil.rmtree(folder)
 
 
 def train(
@@ -1895,137 +1733,147 @@ def train(
     A resumed run goes on with ``config``; its own is ``load_checkpoint(folder)["config"]``.
     ``report`` is called after every evaluation, once it is saved, with its row of metrics.csv and
     the folder. Raises InputError for what is wrong with settings and data; after saving what can be
-    saved, OSError for a machine that fails (a full disk, workers that die), FloatingPointError for
-    losses not finite, KeyboardInterrupt for SIGINT, and SystemExit for the other signals.
+    saved, OSError for a machine that fails (a full disk), RuntimeError for an environment that
+    does, and SystemExit for a signal; FloatingPointError for losses not finite.
     """
     start = time.perf_counter()
-    end_if_imported_by_a_worker()
     check(config)
     if data is not None:
         if not config.env_id:
             raise InputError("env_id is not set, but data come without an environment; set it")
         config = dataclasses.replace(config, dataset="own-transitions")
     elif config.dataset == "own-transitions":
-        raise InputError(
-            "the run is on transitions from Python; resume it there: train(config, data)"
-        )
-    if config.name and not config.resume and os.path.exists(Path(config.out_dir, config.name)):
-        raise taken(Path(config.out_dir, config.name))  # now, and not after compiling
+        raise InputError("the run is on transitions from Python; resume it there, with its data")
     env_id = environment_id(config)
-    find_wandb(config)
     with contextlib.ExitStack() as stack:
+        # A run that is there already
+        folder = folder_of(config)
         checkpoint = None
-        if config.resume:
-            # Any other folder is left without a lock file.
-            if os.path.exists(Path(config.resume, "checkpoint.pt")):
-                stack.callback(lock_folder(Path(config.resume)).release)
-            checkpoint = load_checkpoint(config.resume)
-        threads = stack.enter_context(torch_settings(config))
-        pool = EvaluationPool(env_id, min(config.eval_episodes, threads), config.film)
-        stack.callback(pool.close)
-        environment = ROBOTS.get(env_id) or pool.environment()
-        if data is None:
-            dataset = load_dataset(config, environment)
-        else:
-            data = check_transitions(data, environment, "data")
-            dataset = Dataset(
-                transitions=data,
-                returns=np.array([]),
-                ended_after=np.array([]),
-                rows=len(data.rewards),
-                layout="",
-                source="",
-            )
-        checksum = checksum_of(dataset.transitions)
+        rows: list[dict[str, float]] = []  # of metrics.csv
+        sums: Metrics = {}  # of the metrics since the last line of losses
+        threads = config.threads or min(4, torch.get_num_threads())
+        if os.path.exists(folder / "checkpoint.pt"):
+            stack.callback(lock_folder(folder).release)
+        if config.resume or os.path.exists(folder / "checkpoint.pt"):
+            checkpoint = load_checkpoint(folder)
+            if not config.resume:
+                config = continue_run(config, checkpoint["config"])
+            threads = config.threads or checkpoint["config"].threads
+            rows = checkpoint["rows"]
+            if checkpoint["step"] == config.max_steps == last_step(rows, "return_mean"):
+                say(
+                    f"done   {folder} has all of its {config.max_steps:,} steps: nothing is left;"
+                    " raise --max-steps, or play it with --evaluate"
+                )
+                return folder, curve_of(rows)
 
+        # Data and agent
+        config = dataclasses.replace(config, threads=threads)
+        stack.enter_context(torch_settings(config))
+        env = check_environment(env_id, config.film)
+        dataset = load_dataset(config, env, data)
+        checksum = checksum_of(dataset.transitions)
         torch.manual_seed(config.seed)
-        agent = make_agent(environment.observation_dim, environment.action_dim, config)
+        agent = make_agent(env.observation_space.shape[0], env.action_space.shape[0], config)
         prepared = agent.prepare(dataset.transitions)
-        progress = restore(checkpoint, agent, config, checksum) if checkpoint else Progress()
-        if progress.step == config.max_steps and not progress.evaluation_due:
-            say(
-                f"done   {config.resume} has all of its {progress.step:,} steps: nothing is left;"
-                " raise --max-steps, or play it with --evaluate"
-            )
-            return Path(config.resume), curve_of(progress.rows)
-        where = f"cpu, {min(threads, agent.parts)} threads"
-        if not agent.on_cpu:
-            where = torch.cuda.get_device_name(agent.device)
+        agent.check_optimizers()
+        if checkpoint:
+            restore(checkpoint, config, checksum, agent)
+            sums = {name: total.to(agent.device) for name, total in checkpoint["sums"].items()}
+        name = type(agent).__name__
+        where = f"cpu, {threads} threads" if agent.on_cpu else torch.cuda.get_device_name()
+        compiling = "; compiling takes about a minute the first time" if config.compile else ""
+        say(f"agent  {name}, {where}{compiling}")
+        if agent.on_cpu and config.alpha > 0 and threads > 1:
+            agent.start_helper(prepared)
+        if agent.helper:
+            stack.callback(agent.helper.shutdown)
         if config.compile:
-            where += ", compiling the step"
-        say(f"agent  {type(agent).__name__}, {where}")
-        if agent.on_cpu:
-            agent.map = stack.enter_context(thread_pool(threads)).map
-        if config.compile:
-            agent.compile(prepared)
+            agent.compile_losses(prepared)
             # A call that none of the graphs fits, should there be one, runs eagerly.
             stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
-        pool.environment()  # waits until the workers are up, and fails here if they cannot be
 
-        folder = Path(config.resume) if config.resume else make_folder(config)
-        quoted = shlex.quote(str(folder))  # as a shell takes it
-        is_of_command_line = type(agent) is CIQL and data is None
-        how_to_go_on = f"--resume {quoted}"
-        if not is_of_command_line:
-            how_to_go_on = f"train(config, ...) in Python, where config.resume is {str(folder)!r}"
-        try:
-            if not config.resume:
-                stack.callback(lock_folder(folder).release)
-            settings = json.dumps(dataclasses.asdict(config), indent=2)
-            write_whole(folder / "config.json", settings.encode())
-            log = Log(folder, config, progress.rows)
-        except (InputError, OSError):
-            if not config.resume:
-                shutil.rmtree(folder)
-            raise
-        stack.callback(log.close)
-        say(f"run    {folder}, from step {progress.step:,}")
-        title = title_of(config, type(agent).__name__, dataset.source)
-        run = Run(
-            config=config,
-            agent=agent,
-            data=prepared,
-            data_returns=dataset.returns,
-            checksum=checksum,
-            environment=environment,
-            pool=pool,
-            folder=folder,
-            log=log,
-            progress=progress,
-            title=title,
-        )
+        # Run folder
         stop = stack.enter_context(stop_signals())
-        try:
-            run.learn(stop, report)
-        except Exception as error:
-            # The state is whole: between two steps, or at an evaluation that can be taken again.
-            if isinstance(error, OSError) or progress.evaluation_due:
+        if not checkpoint:
+            make_folder(folder)
+            stack.callback(lock_folder(folder).release)
+        stack.callback(remove_if_not_begun, folder, agent)
+        write_provenance(folder, config, agent, checksum)
+        log = Log(folder, config, rows)
+        stack.callback(log.close)
+        say(f"run    {folder}, from step {agent.steps:,}")
+        title = title_of(config, name, dataset.source)
+        pictures = (Path(config.plot), folder / Path(config.plot).name)
+        is_of_command_line = type(agent) is CIQL and data is None
+        how_to_go_on = f"--resume {shlex.quote(str(folder))}"
+        if not is_of_command_line:
+            how_to_go_on = f"train in Python, where config.resume is {str(folder)!r}"
+
+        def save() -> None:
+            check_finite(agent, sums, prepared)
+            save_checkpoint(folder, config, checksum, agent, rows, sums)
+
+        # Steps
+        bar = tqdm(desc="train", total=config.max_steps, initial=agent.steps, disable=None)
+        stack.enter_context(bar)
+        logged = last_step(rows, "steps_per_second")
+        evaluated = last_step(rows, "return_mean")
+        timed = agent.steps  # steps per second are those since then
+        since = time.perf_counter()
+        while True:
+            # What is due after a step; a run that was stopped in an evaluation begins with it.
+            is_last = agent.steps == config.max_steps
+            try:
+                if agent.steps > logged and agent.steps % config.log_interval == 0:
+                    check_finite(agent, sums, prepared)
+                    speed = (agent.steps - timed) / (time.perf_counter() - since)
+                    log_losses(log, agent, sums, agent.steps - logged, speed)
+                    logged = timed = agent.steps
+                    since = time.perf_counter()
+                if agent.steps > evaluated and (is_last or agent.steps % config.eval_interval == 0):
+                    check_finite(agent, sums, prepared)
+                    row = evaluate(agent.evaluated_policy(), config, agent.steps, stop)
+                    if stop:
+                        break
+                    log.write(row)
+                    save()
+                    draw(pictures, curve_of(rows), title, dataset, env_id)
+                    if report:
+                        report(row, folder)
+                    evaluated = timed = agent.steps
+                    since = time.perf_counter()
+            except Exception as error:
                 with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
-                    run.save()
-            saved = (folder / "checkpoint.pt").exists()
-            if saved and isinstance(error, OSError):
-                error.add_note(f"mend that, then go on with {how_to_go_on}")
-            if not saved and out_of_memory(error):  # settings that cannot be leave nothing behind
-                shutil.rmtree(folder)
-            if not (stop and isinstance(error, OSError)):  # a hangup takes the terminal as well
+                    save()
+                if isinstance(error, OSError):
+                    error.add_note(f"mend that, then go on with {how_to_go_on}")
                 raise
-        if stop and (progress.evaluation_due or progress.step < config.max_steps):
-            run.save()
+            if stop or is_last:
+                break
+
+            for name, figure in agent.update(prepared).items():  # nothing waits for the device
+                sums[name] = sums.get(name, 0) + figure
+            bar.update()
+
+        if stop and evaluated < config.max_steps:
+            save()
             with contextlib.suppress(OSError):  # after a hangup there is no terminal
-                say(f"stopped at step {progress.step:,}; go on with {how_to_go_on}")
-            if stop[0] == signal.SIGINT:
-                raise KeyboardInterrupt
+                say(f"stopped at step {agent.steps:,}; go on with {how_to_go_on}")
             raise SystemExit(128 + stop[0])
 
-    curve = curve_of(log.rows)
-    last = curve.returns[-10:]
-    score = ""
-    if environment.random_return is not None:
-        score = f", score {environment.score(np.nanmean(last)):.1f}"
-    say(f"final  {np.nanmean(last):.1f} is the mean of the last {len(last)} evaluations{score}")
+    curve = curve_of(rows)
+    final = final_return(curve.means)
+    score = f", score {ROBOTS[env_id].score(final.value):.1f}" if env_id in ROBOTS else ""
+    say(f"final  {final.value:.1f} is {final}{score}")
+    if config.film:
+        film(folder / "policy.gif", agent.evaluated_policy(), config)
     say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
-    longer = f", or {how_to_go_on} --max-steps {2 * config.max_steps}" if is_of_command_line else ""
-    say(f"next   --evaluate {quoted} --film{longer}")
+    if is_of_command_line:
+        playing = how_to_go_on.replace("--resume", "--evaluate")
+        say(f"next   {playing} --film, or {how_to_go_on} --max-steps {2 * config.max_steps}")
+    else:
+        say(f"next   load_policy({str(folder)!r}, ...), or {how_to_go_on} and max_steps is more")
     return folder, curve
 
 
@@ -2038,98 +1886,66 @@ def parse(arguments: Sequence[str]) -> Config:
     import tyro
 
     config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py")
-    if config.resume and config.evaluate:
-        raise InputError("resume and evaluate are both set; give one of the two")
-    run = config.resume or config.evaluate
-    if run and config.name:
-        raise InputError(f"name is {config.name}, but {run} has its own; leave it out")
-    if run:
-        saved = load_checkpoint(run)["config"]
-        own = {"resume": config.resume, "evaluate": config.evaluate, "film": False, "name": ""}
-        saved = dataclasses.replace(saved, **own)
-        config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py", default=saved)
     check(config)
+    run = config.resume or config.evaluate
+    if run:
+        own = {"resume": config.resume, "evaluate": config.evaluate, "film": False, "name": ""}
+        saved = dataclasses.replace(load_checkpoint(run)["config"], **own)
+        config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py", default=saved)
+        check(config)
     return config
 
 
 def evaluate_run(config: Config) -> None:
-    """Play the policy of the run folder ``config.evaluate``."""
-    checkpoint = load_checkpoint(config.evaluate)
-    policy = load_policy(checkpoint)
+    """Play the policy of the run folder ``config.evaluate``. Raises InputError."""
     env_id = environment_id(config)
-    pool = EvaluationPool(
-        env_id, min(config.eval_episodes, config.threads or torch.get_num_threads())
-    )
-    with contextlib.closing(pool):
-        environment = ROBOTS.get(env_id) or pool.environment()
-        dims = (environment.observation_dim, environment.action_dim)
-        if dims != tuple(checkpoint["dims"]):
-            raise InputError(
-                f"env_id is {env_id}, of {dims} observations and actions, but the policy in"
-                f" {config.evaluate} has {tuple(checkpoint['dims'])}"
-            )
-        film = str(Path(config.evaluate, "policy.gif")) if config.film else ""
-        step = checkpoint["progress"].step
-        evaluate(pool, policy, config, environment, step, film=film)
-
-
-def prepare_process() -> None:
-    """What a program does that a library must not: its streams and signals."""
-    descriptor = 0
-    while descriptor <= 2:  # a stream that was closed would lend its number to a file of ours
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        os.set_inheritable(descriptor, descriptor <= 2)
-    os.close(descriptor)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not None
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-    sys.path.append(os.getcwd())  # where the MODULE of env_id may be
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    for number in STOP_SIGNALS:
-        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
+    policy = load_policy(config.evaluate)
+    checkpoint = load_checkpoint(config.evaluate)
+    env = check_environment(env_id, config.film)
+    dims = (*env.observation_space.shape, *env.action_space.shape)
+    if dims != tuple(checkpoint["dims"]):
+        raise InputError(
+            f"env_id is {env_id}, of {dims} observations and actions, but the policy in"
+            f" {config.evaluate} has {tuple(checkpoint['dims'])}"
+        )
+    evaluate(policy, config, checkpoint["step"])
+    if config.film:
+        film(Path(config.evaluate, "policy.gif"), policy, config)
 
 
 def complain(cause: object) -> None:
     """One line on stderr: what happened, and what was added on the way up."""
     text = "; ".join([str(cause), *getattr(cause, "__notes__", [])])
-    line = " ".join(text.split())
-    print(f"ciql_pybullet: {printable(line)}", file=sys.stderr)
+    print("ciql_pybullet:", " ".join(text.split()), file=sys.stderr)
 
 
 def main() -> None:
     """The command line.
 
-    Exit codes: 2 for bad input, or settings too large for the memory; 1 for losses not finite or a
-    fault of the machine; 128 + n for signal n.
+    Exit codes: 2 for bad input, or settings too large for the memory; 1 for losses not finite, a
+    fault of the machine, or a bug; 128 + n for signal n.
     """
-    prepare_process()
-    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    sys.path.append(os.getcwd())  # where the MODULE of env_id may be
     try:
         config = parse(sys.argv[1:])
         if config.evaluate:
             evaluate_run(config)
         else:
             train(config)
-    except KeyboardInterrupt:
-        code = 130
     except InputError as error:
-        code = 2
         complain(error)
+        sys.exit(2)
     except (OSError, FloatingPointError) as error:
-        code = 1
         complain(error)
+        sys.exit(1)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        # torch has a class for it on CUDA alone.
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
-        code = 2
         complain("out of memory; lower batch_size, num_neg or hidden_sizes")
-    sys.exit(code)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Many runs of ciql_pybullet.py side by side on Ray Tune, with statistics and pictures.
+"""Many runs of ciql_pybullet.py side by side on Ray, with statistics and pictures.
 
+    python study/study.py --methods CIQL IQL cloning --seeds 0 1 2 --study runs/methods
     python study/study.py --seeds 0 1 2 --grid alpha 0 1 --max-steps 50000 --study runs/penalty
-    python study/study.py --seeds 0 1 2 --grid alpha,beta,tau 1,1,0.8 0,3,0.7 --study runs/two
-    python study/study.py --summarize runs/penalty
+    python study/study.py --summarize runs/methods
 
-A study is every combination of data sets, variants, settings and seeds. The same command again
+A study is every combination of data sets, methods, settings and seeds. The same command again
 skips the runs that are complete and resumes the others; with more seeds, values, data sets or
-variants it trains only what is new.
+methods it trains only what is new.
 """
 
 import contextlib
@@ -16,26 +16,23 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import numpy as np
 import pandas as pd
-import pyarrow.fs
 import ray
 import tyro
 from matplotlib.figure import Figure
-from ray import tune
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import variants
 
 import ciql_pybullet as ciql
@@ -47,10 +44,9 @@ from ciql_pybullet import Config, InputError
 class Study:
     """Many runs of ciql_pybullet.py; every flag that is not below is its own and goes to all."""
 
-    study: Path = Path("runs/study")  # folder of tables and pictures
-    storage: str = ""  # where runs are kept: a folder or s3://...; none: in the study's folder
+    study: Path = Path("runs/study")  # folder of runs, tables and pictures
     datasets: tuple[str, ...] = (Config.dataset,)  # ids, or files (with --env-id)
-    variants: tuple[str, ...] = ("CIQL",)  # agents in study/variants.py
+    methods: tuple[str, ...] = ("CIQL",)  # names in study/variants.py
     grid: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # a setting and its values
     seeds: tuple[int, ...] = (0,)
     ray_address: str = ""  # of a Ray cluster, auto or HOST:PORT; none: this machine
@@ -59,27 +55,18 @@ class Study:
     baseline: str = ""  # with --summarize: the method that differences are to; none: the first
 
 
+KEYS = ["dataset", "method", "seed"]  # which tell runs apart in both tables
+Row = dict[str, Any]  # of summary.csv
+
+
 @dataclass
 class Run:
-    """One training of a study, as study.json keeps it."""
+    """One training of a study."""
 
-    name: str
-    dataset: str  # as tables call it
-    label: str  # of its method, in tables
-    variant: str
-    varied: dict[str, str]  # the settings of the grids
+    method: str
     config: Config
-    storage: str  # folder or address of its checkpoints
-    file: str = ""  # of its data
-    data_return: float | None = None  # mean of the data's episodes
-    error: str = ""  # of its last attempt
-
-    def facts(self) -> dict[str, Any]:
-        """What must stay as it is when a later command names the run again."""
-        facts = dataclasses.asdict(self.config)
-        for name in ("device", "threads", "compile", "film", "plot", "out_dir", "wandb_project"):
-            del facts[name]
-        return facts | {"storage": self.storage, "data of mean return": self.data_return}
+    row: Row
+    checksum: int = 0  # of its data
 
 
 def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
@@ -90,219 +77,164 @@ def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
     return [dict(zip(names, word.split(","), strict=True)) for word in words[1:]]
 
 
-def flags_of(settings: dict[str, str]) -> list[str]:
+def flags_of(settings: dict[str, Any]) -> list[str]:
     """Settings as flags of the script: {"hidden_sizes": "64 64"} -> --hidden-sizes 64 64."""
     flags = []
     for name, value in settings.items():
-        if value == "False":
-            flags.append(f"--no-{name}")
-        else:
-            flags.append(f"--{name}")
-        if value not in ("True", "False"):
-            flags += value.split()
+        switches = {"True": [f"--{name}"], "False": [f"--no-{name}"]}
+        flags += switches.get(str(value), [f"--{name}", *str(value).split()])
     return flags
+
+
+def config_of(method: str, common: Sequence[str], varied: dict[str, str]) -> Config:
+    """The settings of a method, with those that all runs have, and those of a grid."""
+    if method not in variants.METHODS:
+        raise InputError(f"{method} is none of the methods {', '.join(variants.METHODS)}")
+    recipe = variants.METHODS[method].settings
+    config = ciql.parse(["--threads", "1", *flags_of(recipe), *common, *flags_of(varied)])
+    values = vars(config)
+    for name in ("dataset", "seed", "name", "out_dir", "resume", "evaluate"):
+        if values[name] != vars(Config())[name]:
+            raise InputError(f"--{name} is of single runs; use --datasets, --seeds, --study")
+    for name, value in recipe.items():
+        if name not in varied and values[name] != value:
+            raise InputError(
+                f"--{name} {values[name]} would make {method} another method, as its own is"
+                f" {value}; use --grid {name}, which tables show"
+            )
+    return config
 
 
 def parse(arguments: Sequence[str]) -> tuple[Study, dict[str, Run]]:
     """The study's own flags, and the runs that the command line names. Raises InputError."""
-    for word in arguments:
-        if word != ciql.printable(word):
-            raise InputError(f"{word} is not UTF-8, which Ray needs; rename it")
     own, common = tyro.cli(Study, args=arguments, prog="study.py", return_unknown_args=True)
     if not 0 < own.gpu_share <= 1:
         raise InputError(f"gpu_share is {own.gpu_share}, but must be in (0, 1]")
     if own.baseline and not own.summarize:
         raise InputError("--baseline is set, but works with --summarize alone")
-    storage = str(own.study.absolute())
-    if own.storage:
-        place = own.storage if "://" in own.storage else Path(own.storage).absolute()
-        storage = f"{place}/{own.study.name}"
-
-    settings = []
-    for cells in itertools.product(*map(parse_grid, own.grid)):
-        varied = {name: value for cell in cells for name, value in cell.items()}
-        config = ciql.parse(["--threads", "1", *common, *flags_of(varied)])
-        for name in ("dataset", "seed", "name", "resume", "evaluate"):
-            if getattr(config, name) != getattr(Config, name):
-                raise InputError(f"--{name} is of single runs; use --datasets, --seeds, --study")
-        settings.append((varied, config))
 
     runs: dict[str, Run] = {}
-    axes = (own.datasets, own.variants, settings, own.seeds)
-    for dataset, variant, (varied, config), seed in itertools.product(*axes):
-        if variant not in variants.VARIANTS:
-            raise InputError(f"{variant} is none of the variants {', '.join(variants.VARIANTS)}")
-        stem = Path(dataset).stem
-        words = [] if variant == "CIQL" else [variant]
-        words += [f"{name}={value}" for name, value in varied.items()]
-        name = "-".join([stem, *words, f"seed{seed}"]).replace("=", "")
-        name = re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)
-        if name in runs:
-            raise InputError(f"two runs of the study are {name}; name each value and seed once")
-        config = dataclasses.replace(config, seed=seed, dataset=str(Path(dataset).absolute()))
-        if dataset in ciql.DATASETS:
-            config = dataclasses.replace(config, dataset=dataset, env_id="")
-        ciql.check(config)
-        label = " ".join(words) or "CIQL"
-        runs[name] = Run(name, stem, label, variant, varied, config, storage)
+    cells = list(itertools.product(*map(parse_grid, own.grid)))
+    for method, parts in itertools.product(own.methods, cells):
+        varied = {name: value for part in parts for name, value in part.items()}
+        common_config = config_of(method, common, varied)
+        label = " ".join([method, *(f"{name}={value}" for name, value in varied.items())])
+        for dataset, seed in itertools.product(own.datasets, own.seeds):
+            stem = Path(dataset).stem
+            name = f"{stem}-{label}-seed{seed}".replace("=", "").replace(" ", "-")
+            name = re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)
+            if name in runs:
+                raise InputError(f"two runs of the study are {name}; name each value and seed once")
+            config = dataclasses.replace(
+                common_config,
+                dataset=dataset,
+                env_id="" if dataset in ciql.DATASETS else common_config.env_id,
+                seed=seed,
+                name=name,
+                out_dir=str(own.study.absolute()),
+                plot=Path(common_config.plot).name,  # it is in the run's folder
+            )
+            ciql.check(config)
+            row = {"dataset": stem, "method": label, **varied, "seed": seed, "score": None}
+            runs[name] = Run(method, config, row | {"commit": "", "folder": name, "error": ""})
     if not runs:
-        raise InputError("the study has no runs; name data sets, variants and seeds")
+        raise InputError("the study has no runs; name data sets, methods and seeds")
     return own, runs
-
-
-def environment_of(env_id: str) -> ciql.Environment:
-    """What is known of an environment, or what it says of itself. Raises InputError."""
-    if env_id in ciql.ROBOTS:
-        return ciql.ROBOTS[env_id]
-    with contextlib.closing(ciql.EvaluationPool(env_id, 1)) as pool:
-        return pool.environment()
 
 
 def add_data(runs: dict[str, Run]) -> None:
     """Find and check the data of each run, and note them there. Raises InputError."""
-    files: dict[str, tuple[Path, ciql.Dataset]] = {}
+    found: dict[Config, tuple[Config, int, Row]] = {}
     for run in runs.values():
-        config = run.config
-        if config.dataset not in files:
-            environment = environment_of(ciql.environment_id(config))
-            file = ciql.find_dataset(config.dataset)
-            data = ciql.load_dataset(dataclasses.replace(config, dataset=str(file)), environment)
-            files[config.dataset] = file, data
-        file, data = files[config.dataset]
-        run.file = str(file)
-        if len(data.returns):
-            run.data_return = float(data.returns.mean())
-        if data.source and config.dataset in ciql.DATASETS:
-            run.dataset += " (re-collected)"
+        c = run.config
+        key = Config(c.dataset, c.env_id, c.max_episode_steps)
+        if key not in found:
+            env_id = ciql.environment_id(key)
+            file, reason = ciql.find_dataset(key.dataset)
+            if reason:
+                print(f"NOTE   {reason}")
+            here = dataclasses.replace(key, dataset=str(file.absolute()), env_id=env_id)
+            data = ciql.load_dataset(here, ciql.check_environment(env_id))
+            row = {"env_id": env_id, "data_return": pd.Series(data.returns).mean()}
+            if data.source and key.dataset in ciql.DATASETS:
+                row["dataset"] = f"{key.dataset} (re-collected)"
+            found[key] = here, ciql.checksum_of(data.transitions), row
+        # All runs are on the file that was found, so that none asks the network again.
+        here, run.checksum, row = found[key]
+        run.config = dataclasses.replace(c, dataset=here.dataset, env_id=here.env_id)
+        run.row |= row
 
 
 # ---------------------------------------------------------------------------- what is there already
-@contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Context in which no other process works on the study. A new one that is refused goes again.
+def read_known(folder: Path) -> dict[str, Row]:
+    """The rows of summary.csv by run, as they were written. Raises InputError for another table."""
+    path = folder / "summary.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not {*KEYS, "folder", "error"}.issubset(table):
+        raise InputError(f"{path} is of another version; name another --study")
+    return {row["folder"]: row for row in table.to_dict("records")}
 
-    Raises InputError if the folder cannot be had.
+
+def saved_run(folder: Path) -> tuple[dict[str, Any], bool]:
+    """The checkpoint in a run's folder ({}: none), and whether its last policy was evaluated.
+
+    Raises InputError for a checkpoint that is damaged.
     """
-    is_new = not os.path.exists(folder)
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise InputError(f"another process works on {folder}; wait for it or stop it") from error
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error}); name another --study") from error
-    try:
-        yield
-    except InputError:
-        if is_new:
-            shutil.rmtree(folder)
-        raise
-    finally:
-        lock.release()
+    if not (folder / "checkpoint.pt").exists():
+        return {}, False
+    checkpoint = ciql.load_checkpoint(folder)
+    evaluated = ciql.last_step(checkpoint["rows"], "return_mean")
+    return checkpoint, checkpoint["step"] == evaluated == checkpoint["config"].max_steps
 
 
-def read_study(folder: Path) -> dict[str, Run]:
-    """The runs that study.json knows. Raises InputError if it cannot be read."""
-    path = folder / "study.json"
-    runs = {}
-    try:
-        for values in json.loads(path.read_text()) if path.exists() else []:
-            config = ciql.config_from_json(json.dumps(values.pop("config")))
-            run = Run(**values, config=config)
-            runs[run.name] = run
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is of another version; name another --study") from error
-    return runs
-
-
-def write_study(folder: Path, runs: dict[str, Run]) -> None:
-    values = [dataclasses.asdict(run) for run in runs.values()]
-    ciql.write_whole(folder / "study.json", json.dumps(values, indent=1).encode())
-
-
-def check_same(runs: dict[str, Run], known: dict[str, Run]) -> None:
-    """Raise InputError if a run that is known would become another."""
-    for run in runs.values():
-        old = known.get(run.name, run).facts()
-        for name, value in run.facts().items():
-            if value != old[name]:
+def runs_to_train(runs: dict[str, Run], folder: Path) -> list[Run]:
+    """Those that are not complete. Raises InputError if one that is there would become another."""
+    free = ciql.NEUTRAL_SETTINGS - {"env_id", "max_steps", "eval_interval", "eval_episodes"}
+    rest = []
+    for name, run in runs.items():
+        checkpoint, is_complete = saved_run(folder / name)
+        if not is_complete:
+            rest.append(run)
+        if not checkpoint:
+            continue
+        saved = vars(checkpoint["config"]) | {"data of checksum": checkpoint["checksum"]}
+        facts = vars(run.config) | {"data of checksum": run.checksum}
+        for fact, value in facts.items():
+            if fact not in free and value != saved[fact]:
                 raise InputError(
-                    f"{run.name} is there already, with {name} {old[name]} and not {value};"
+                    f"{name} is there already, with {fact} {saved[fact]} and not {value};"
                     " name another --study"
                 )
-
-
-class Saved(NamedTuple):
-    """The last checkpoint of a run."""
-
-    folder: str  # of the run, in its storage
-    checkpoint: tune.Checkpoint  # which holds that folder
-    progress: ciql.Progress  # its step, its rows of metrics.csv, ...
-
-
-def find_saved(runs: dict[str, Run]) -> dict[str, Saved]:
-    """The last checkpoint of each run that has one, whichever command it was that trained it.
-
-    Their paths are STORAGE/tune-TIME/NAME/checkpoint_NUMBER/RUN/checkpoint.pt, in order of time.
-    """
-    saved = {}
-    for storage in {run.storage for run in runs.values()}:
-        filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
-        everything = pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True)
-        paths = [PurePosixPath(file.path) for file in filesystem.get_file_info(everything)]
-        for path in sorted(path for path in paths if path.name == "checkpoint.pt"):
-            folder = path.parent
-            name = folder.parents[1].name
-            if name not in runs:
-                continue
-            checkpoint = tune.Checkpoint(str(folder.parent), filesystem)
-            # One that was being written when its process was killed cannot be read.
-            with contextlib.suppress(InputError), checkpoint.as_directory() as place:
-                progress = ciql.load_checkpoint(Path(place, folder.name))["progress"]
-                saved[name] = Saved(str(folder), checkpoint, progress)
-    return saved
-
-
-def state_of(run: Run, saved: dict[str, Saved]) -> str:
-    if run.name in saved and saved[run.name].progress.step == run.config.max_steps:
-        return "complete"
-    return "failed" if run.error else "incomplete"
+    return rest
 
 
 # ----------------------------------------------------------------------------------------- training
-RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # no word to its makers
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns
-    "RAY_AIR_NEW_OUTPUT": "0",  # else it prints tables
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have logs of their own
-}
-
-
 def start_ray(address: str) -> None:
     """Connect to the cluster, or start one of this machine. Raises InputError if that fails."""
-    os.environ.update(RAY_SETTINGS)
+    # Without the first it reports to its makers, without the second it retries for ever.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "3"}
+    paths = (str(ROOT), str(ROOT / "study"), os.getcwd(), "${PYTHONPATH}")  # the last: a node's own
     try:
         ray.init(
             address or "local",
             include_dashboard=None if address else False,
-            runtime_env={"py_modules": [ciql.__file__, variants.__file__]},
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
             log_to_driver=False,
             logging_level=logging.CRITICAL,
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        remedy = (
-            "start it (ray start --head), or set its token" if address else "pip install -U ray"
-        )
         raise InputError(
-            f"Ray does not answer at {address or 'this machine'} ({error!s:.150}); {remedy}"
+            f"Ray does not answer at {address or 'this machine'} ({error!s:.150}); start it"
+            " (ray start --head), set its token, or pip install -U ray"
         ) from error
 
 
-def set_threads(runs: dict[str, Run]) -> None:
+def set_threads(runs: list[Run]) -> None:
     """Give runs of 0 threads the cores of the largest node. Raises InputError for more of them."""
     cores = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
-    for run in runs.values():
+    for run in runs:
         threads = run.config.threads or cores
         if threads > cores:
             raise InputError(
@@ -311,130 +243,88 @@ def set_threads(runs: dict[str, Run]) -> None:
         run.config = dataclasses.replace(run.config, threads=threads)
 
 
-def trial(space: dict[str, str], runs: dict[str, Run]) -> None:
-    """A trial of Tune: the run of that name, from its last checkpoint on if there is one.
+def train_run(run: Run) -> str:
+    """Train a run, or go on with it; what it prints goes beside its folder. Returns its error.
 
-    It works in a folder that Tune gives it, where the log goes.
+    That is no exception, as it would come again: Ray retries what dies, and nothing else.
     """
-    run = runs[space["run"]]
     with (
-        open("log.txt", "a", buffering=1) as log,
+        open(Path(run.config.out_dir, f"{run.config.name}.log"), "a", buffering=1) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
         tempfile.TemporaryDirectory(prefix="ciql-") as place,
+        contextlib.chdir(place),  # where the second copy of its picture goes
     ):
-        if run.config.dataset in ciql.DATASETS and Path(run.file).exists():
-            os.environ["D4RL_DATASET_DIR"] = place  # no run looks for its file again
-            Path(place, f"{run.config.dataset}.hdf5").symlink_to(run.file)
-        config = dataclasses.replace(run.config, out_dir=f"{place}/runs")
-        saved = find_saved({run.name: run})
-        if saved:
-            saved[run.name].checkpoint.to_directory(config.out_dir)
-            resume = Path(config.out_dir, Path(saved[run.name].folder).name)
-            config = dataclasses.replace(config, resume=str(resume))
-
-        def report(row: dict[str, float], folder: Path) -> None:
-            tune.report(row, checkpoint=tune.Checkpoint.from_directory(str(folder.parent)))
-
         try:
-            ciql.train(config, make_agent=variants.VARIANTS[run.variant], report=report)
-        except (InputError, FloatingPointError) as error:  # it would fail again: no retry
-            tune.report({"failure": str(error)})
+            ciql.train(run.config, make_agent=variants.METHODS[run.method].agent)
+        except Exception as error:  # noqa: BLE001  (of its environment it may be any)
+            traceback.print_exc()
+            return " ".join("".join(traceback.format_exception_only(error)).split())
+    return ""
 
 
-class Events(tune.Callback):
-    """Print a line for what becomes of a run."""
-
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        print(f"started {trial}")
-
-    def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
-    ) -> None:
-        event = f"FAILED: {result.get('failure')}"
-        if "step" in result:
-            event = f"at step {result['step']:,}, return {result['return_mean']:.1f}"
-        print(f"{trial} {event}")
-
-
-def train_runs(runs: dict[str, Run], gpu_share: float) -> None:
-    """Train the runs until they are complete, fail or are interrupted. Failed ones get an error."""
+def train_runs(runs: list[Run], gpu_share: float) -> None:
+    """Train the runs until they are complete or fail; those get an error. On Ctrl-C all save."""
     has_gpu = "GPU" in ray.cluster_resources()
-
-    def resources(space: dict[str, str]) -> tune.PlacementGroupFactory:
-        config = runs[space["run"]].config
-        gpu = gpu_share if has_gpu and config.device != "cpu" else 0
-        return tune.PlacementGroupFactory([{"CPU": config.threads, "GPU": gpu}])
-
-    def name_of(trial: Any) -> str:
-        return trial.config["run"]
-
-    trainable = tune.with_parameters(trial, runs=runs)
-    results: Any = tune.Tuner(
-        tune.with_resources(trainable, resources),
-        param_space={"run": tune.grid_search(list(runs))},
-        tune_config=tune.TuneConfig(trial_name_creator=name_of, trial_dirname_creator=name_of),
-        run_config=tune.RunConfig(
-            name=time.strftime("tune-%Y%m%d-%H%M%S", time.gmtime()),
-            storage_path=next(iter(runs.values())).storage,
-            verbose=0,
-            callbacks=[Events()],
-            sync_config=tune.SyncConfig(sync_artifacts=True),
-            failure_config=tune.FailureConfig(max_failures=3),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-        ),
-    ).fit()
-    for result in results:
-        failure = (result.metrics or {}).get("failure") or result.error
-        if failure:
-            run = runs[Path(result.path).name]
-            run.error = " ".join(str(failure).split())[-300:]
+    task = ray.remote(max_calls=1)(train_run)  # a process for each run
+    waiting = {}
+    for run in runs:
+        gpu = gpu_share if has_gpu and run.config.device != "cpu" else 0
+        options = task.options(num_cpus=run.config.threads, num_gpus=gpu, max_retries=3)
+        waiting[options.remote(run)] = run
+    try:
+        while waiting:
+            (ready, *_), _ = ray.wait(list(waiting))
+            try:
+                error = ray.get(ready)
+            except ray.exceptions.RayError as death:  # its process died again and again
+                error = " ".join(str(death).split())[:300]
+            run = waiting.pop(ready)
+            run.row["error"] = error
+            outcome = f"FAILED: {error}" if error else "is complete"
+            print(f"{run.config.name} {outcome}; {len(waiting)} to go")
+    finally:
+        for ready in waiting:
+            ray.cancel(ready)
+        if waiting:
+            ray.wait(list(waiting), num_returns=len(waiting), timeout=60)
 
 
-# ------------------------------------------------------------------------------------------ results
-def clamp_open_steps(progress: ciql.Progress) -> int:
-    """Steps with an open clamp: a row holds their share of the steps since the row before."""
-    steps = float(progress.sums.get("clamp_open", 0))  # since the last row
-    before = 0.0
-    for row in progress.rows:
-        if "clamp_open" in row:
-            steps += row["clamp_open"] * (row["step"] - before)
-            before = row["step"]
-    return round(steps)
+# ------------------------------------------------------------------------------------------- tables
+def figures_of(means: np.ndarray, env_id: str) -> dict[str, float | None]:
+    """What tables say of a complete run, from the mean returns of its evaluations (E,)."""
+    final = ciql.final_return(means)
+    score = ciql.ROBOTS[env_id].score(final.value) if env_id in ciql.ROBOTS else None
+    return {
+        "final_return": final.value,
+        "evaluations": final.evaluations,  # of which it is the mean
+        "curve_mean": means.mean(),
+        "score": score,
+    }
 
 
-def write_results(folder: Path, runs: dict[str, Run], saved: dict[str, Saved]) -> None:
-    """Write summary.csv, a row per run, and curves.csv, a row per evaluation."""
-    summary = []
+def write_results(folder: Path, rows: dict[str, Row]) -> None:
+    """Bring the rows up to date; write summary.csv, and curves.csv, a row per evaluation."""
     curves = []
-    for name, run in runs.items():
-        own = {"dataset": run.dataset, "label": run.label, **run.varied, "seed": run.config.seed}
-        env_id = ciql.environment_id(run.config)
-        row: dict[str, Any] = own | {
-            "state": state_of(run, saved),
-            "step": 0,
-            "final_return": None,
-            "score": None,
-            "clamp_open_steps": None,
-            "data_return": run.data_return,
-            "env_id": env_id,
-            "folder": "",
-            "error": run.error,
-        }
-        if name in saved:
-            progress = saved[name].progress
-            points = [point for point in progress.rows if "return_mean" in point]
-            curves += [own | point for point in points]
-            row["step"] = progress.step
-            row["clamp_open_steps"] = clamp_open_steps(progress)
-            row["folder"] = saved[name].folder.removeprefix(f"{folder}/")
-        if row["state"] == "complete":
-            row["final_return"] = np.mean([point["return_mean"] for point in points[-10:]])
-            if env_id in ciql.ROBOTS:
-                row["score"] = ciql.ROBOTS[env_id].score(row["final_return"])
-        summary.append(row)
-    pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
+    for name, row in rows.items():
+        row |= {"state": "failed" if row["error"] else "incomplete", "step": 0}
+        checkpoint, is_complete = saved_run(folder / name)
+        if not checkpoint:
+            continue
+        processes = json.loads((folder / name / "config.json").read_text())["processes"]
+        row["commit"] = " ".join(dict.fromkeys(process["commit"] for process in processes))
+        row["step"] = checkpoint["step"]
+        for point in checkpoint["rows"]:
+            if "return_mean" in point:
+                curves.append({key: row[key] for key in KEYS} | point)
+        if is_complete:
+            means = ciql.curve_of(checkpoint["rows"]).means
+            row |= figures_of(means, row["env_id"]) | {"state": "complete", "error": ""}
+            if not np.isfinite(means).all():
+                row |= {"state": "failed", "error": "a return is NaN or infinite"}
     pd.DataFrame(curves).to_csv(folder / "curves.csv", index=False)
+    summary = pd.DataFrame(list(rows.values()), dtype=object).to_csv(index=False)
+    ciql.write_whole(folder / "summary.csv", summary.encode())
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -478,99 +368,124 @@ def table(runs: pd.DataFrame, figure: str) -> pd.DataFrame:
 
     Several data sets count by their mean per seed, of the seeds that all of them have: these means
     are independent of each other, so Student's t holds, however different the data sets are.
-    Differences are taken seed by seed.
+    Differences are taken seed by seed, between runs of the same version of the script: in another
+    a seed may stand for other random numbers.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    for label, part in runs.groupby("label", sort=False):
+    rows: dict[str, dict[str, str]] = {}
+    for method, part in runs.groupby("method", sort=False):
         figures = part.pivot(index="seed", columns="dataset", values=figure).dropna()
+        pairs = part.pivot(index=["seed", "commit"], columns="dataset", values=figure).dropna()
         if figures.empty or figures.shape[1] < runs["dataset"].nunique():
             continue
-        by_seed = figures.mean(axis=1)
-        cells = {"runs": figures.size, "mean": mean_interval(by_seed)}
-        if len(by_seed) >= 8:
-            cells["interquartile mean"] = iqm_interval(figures)
+        cells = {"runs": str(figures.size), "mean": str(mean_interval(figures.mean(axis=1)))}
+        if len(figures) >= 8:
+            cells["interquartile mean"] = str(iqm_interval(figures))
         if not rows:
-            first = by_seed
-        differences = (by_seed - first).dropna()
+            first = pairs
+        differences = (pairs - first).dropna().mean(axis=1)
         if rows and len(differences):
-            cells["difference to the first"] = mean_interval(differences)
-        rows[label] = {name: str(cell) for name, cell in cells.items()}
+            cells[f"difference to {next(iter(rows))}"] = str(mean_interval(differences))
+        rows[str(method)] = cells
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+
+
+def read_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The study's two tables, with final returns from the curves. Raises InputError."""
+    text = {"dataset": str, "method": str, "commit": str, "error": str}
+    try:
+        summary = pd.read_csv(folder / "summary.csv", dtype=text).fillna({"commit": ""})
+        complete = summary[summary["state"] == "complete"]
+        if complete.empty:
+            return summary, complete
+        curves = pd.read_csv(folder / "curves.csv", dtype=text)
+        means = curves.groupby(KEYS)["return_mean"]
+        for n, run in complete.iterrows():
+            figures = figures_of(means.get_group(tuple(run[KEYS])).to_numpy(), run["env_id"])
+            summary.loc[n, list(figures)] = list(figures.values())
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{folder} cannot be read ({error!r}); name a study's folder") from error
+    return summary, curves
 
 
 def summarize(folder: Path, baseline: str = "") -> None:
     """Print the statistics of a study's two tables and draw its pictures. Raises InputError."""
-    path = folder / "summary.csv"
-    try:
-        summary = pd.read_csv(path, dtype={"label": str, "error": str})
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); name a study's folder") from error
+    summary, curves = read_tables(folder)
     if baseline:
-        if baseline not in set(summary["label"]):
-            methods = ", ".join(summary["label"].unique())
+        if baseline not in set(summary["method"]):
+            methods = ", ".join(summary["method"].unique())
             raise InputError(f"baseline is {baseline}, but the methods of {folder} are {methods}")
-        summary = summary.iloc[np.argsort(summary["label"] != baseline, kind="stable")]
+        summary = summary.iloc[np.argsort(summary["method"] != baseline, kind="stable")]
     complete = summary[summary["state"] == "complete"]
     scored = complete.dropna(subset="score")
     for dataset, runs in complete.groupby("dataset", sort=False):
         print(f"\n{dataset}, return\n{table(runs, 'final_return').to_string()}")
     if scored["dataset"].nunique() > 1:
         print(f"\nall data sets, score\n{table(scored, 'score').to_string()}")
-    print("\nof a run's last ten evaluations; [95 % interval over seeds]")
-    for run in summary[summary["state"] == "failed"].itertuples():
-        print(f"FAILED {run.dataset}, {run.label}, seed {run.seed}: {run.error}")
     if len(complete):
-        draw_curves(folder, complete)
+        last = " or ".join(f"{n:.0f}" for n in sorted(complete["evaluations"].unique()))
+        print(f"\nof the last {last} evaluations of each run; [95 % interval over seeds]")
+    versions = complete["commit"].nunique()
+    if versions > 1:
+        print(
+            f"NOTE   these runs are of {versions} versions of the script (commit in summary.csv):"
+            " differences pair the seeds within a version alone"
+        )
+    for run in summary[summary["state"] == "failed"].itertuples():
+        print(f"FAILED {run.dataset}, {run.method}, seed {run.seed}: {run.error}")
+    if len(complete):
+        draw_curves(folder / "study_returns.png", complete, curves)
     if len(scored):
-        draw_scores(folder, scored)
+        draw_scores(folder / "study_scores.png", scored)
     print(f"wrote  {folder}")
 
 
-def draw_curves(folder: Path, complete: pd.DataFrame) -> None:
-    """Write study_returns.png: a panel per data set, mean over seeds and interval per method."""
-    keys = ["dataset", "label", "seed"]
-    curves = pd.read_csv(folder / "curves.csv", dtype={"label": str}).merge(complete[keys])
-    datasets = dict(list(complete.groupby("dataset", sort=False)))
-    height = 4.5 + 0.2 * complete["label"].nunique()  # the legend is below: labels may be long
-    figure = Figure(figsize=(max(9, 6 * len(datasets)), height), layout="constrained")
+# ----------------------------------------------------------------------------------------- pictures
+def draw_curves(path: Path, complete: pd.DataFrame, curves: pd.DataFrame) -> None:
+    """A panel per data set: mean over seeds and interval per method, with references."""
+    datasets = complete.groupby("dataset", sort=False)
+    figure = Figure(figsize=(max(8, 5 * len(datasets)), 4.5), layout="constrained")
     panels = figure.subplots(1, len(datasets), squeeze=False)[0]
-    for axes, (dataset, runs) in zip(panels, datasets.items(), strict=True):
-        of_dataset = curves[curves["dataset"] == dataset]
-        for label, points in of_dataset.groupby("label", sort=False):
-            by_seed = points.pivot(index="seed", columns="step", values="return_mean")
+    for axes, (dataset, runs) in zip(panels, datasets, strict=True):
+        points = curves.merge(runs[KEYS])
+        for method, part in points.groupby("method", sort=False):
+            by_seed = part.pivot(index="seed", columns="step", values="return_mean")
             mean, low, high = mean_interval(by_seed)
-            (line,) = axes.plot(mean, label=f"{label}, {len(by_seed)} seeds")
+            (line,) = axes.plot(mean, label=f"{method} ({len(by_seed)})")
             axes.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.2, lw=0)
         value = runs["data_return"].iloc[0]
-        if not np.isnan(value):
-            axes.axhline(value, color="black", linestyle="--", label=f"data set, {value:.0f}")
+        axes.axhline(value, color="black", linestyle="--", label=f"data set, {value:.0f}")
         env_id = runs["env_id"].iloc[0]
         if env_id in ciql.ROBOTS:
             ciql.draw_score(axes, ciql.ROBOTS[env_id])
-        axes.set(xlabel="gradient steps", ylabel="return of an episode", title=dataset)
-        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(folder / "study_returns.png", dpi=100)
+        axes.set(xlabel="gradient steps", ylabel="return of an episode")
+        axes.set_title(dataset, fontsize="medium", parse_math=False)
+        bottom, top = axes.get_ylim()
+        in_view = []
+        for line in axes.get_lines():
+            if bottom <= np.max(line.get_ydata()) and np.min(line.get_ydata()) <= top:
+                in_view.append(line)
+        axes.legend(handles=in_view, fontsize="small")
+    figure.savefig(path, dpi=100)
 
 
-def draw_scores(folder: Path, scored: pd.DataFrame) -> None:
-    """Write study_scores.png: final scores, data sets side by side; seeds, mean and interval."""
-    datasets = list(scored["dataset"].unique())
-    labels = scored["label"].unique()
-    size = (max(6, 1.8 * len(datasets) + 2), 4.5 + 0.2 * len(labels))
+def draw_scores(path: Path, scored: pd.DataFrame) -> None:
+    """A panel per data set, a row per method: final scores of the seeds, mean and interval."""
+    datasets = scored.groupby("dataset", sort=False)
+    methods = list(scored["method"].unique())
+    size = (2 + 3 * len(datasets), 1.4 + 0.35 * len(methods))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    for n, label in enumerate(labels):
-        runs = scored[scored["label"] == label]
-        x = runs["dataset"].map(datasets.index) + 0.8 * ((n + 0.5) / len(labels) - 0.5)
-        axes.plot(x, runs["score"], ".", color=f"C{n}", alpha=0.4)
-        mean, low, _ = mean_interval(runs.groupby(x)["score"])
-        axes.errorbar(mean.index, mean, mean - low, fmt="o", color=f"C{n}", label=label)
-    names = [dataset.replace("-bullet-", "\n").replace("-v0", "") for dataset in datasets]
-    axes.set_xticks(range(len(datasets)), names)
-    axes.set(ylabel="normalised score (0 random, 100 expert)")
-    axes.set(title="final scores: seeds, mean and 95 % interval")
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(folder / "study_scores.png", dpi=100)
+    panels = figure.subplots(1, len(datasets), squeeze=False, sharey=True)[0]
+    for axes, (dataset, runs) in zip(panels, datasets, strict=True):
+        rows = runs["method"].map(methods.index)
+        axes.plot(runs["score"], rows, ".", color="C0", alpha=0.4)
+        mean, low, _ = mean_interval(runs.groupby(rows)["score"])
+        axes.errorbar(mean, mean.index, xerr=mean - low, fmt="o", color="C0")
+        axes.set_title(dataset, fontsize="small", parse_math=False)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    figure.supxlabel("final score (0 random, 100 expert): seeds, mean, 95 % interval", size="small")
+    figure.savefig(path, dpi=100)
 
 
 # ----------------------------------------------------------------------------------------- commands
@@ -581,33 +496,33 @@ def run_study(own: Study, named: dict[str, Run]) -> int:
     """
     folder = own.study.absolute()
     add_data(named)
-    with only_process(folder):
-        known = read_study(folder)
-        check_same(named, known)
-        runs = known | named
-        saved = find_saved(runs)
-        rest = {name: run for name, run in named.items() if state_of(run, saved) != "complete"}
-        print(f"study  {len(named)} runs, {len(rest)} of them to train")
-        if rest:
-            start_ray(own.ray_address)
-            set_threads(rest)
-            write_study(folder, runs)
-            with contextlib.suppress(KeyboardInterrupt):  # Tune's: the runs are incomplete then
+    rows = read_known(folder) | {name: run.row for name, run in named.items()}
+    rest = runs_to_train(named, folder)
+    print(f"study  {len(named)} runs, {len(rest)} of them to train; logs: {folder}/*.log")
+    if rest:
+        start_ray(own.ray_address)
+        set_threads(rest)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error}); name another --study") from error
+    with ciql.lock_folder(folder):  # one process at a time works on a study
+        write_results(folder, rows)
+        try:
+            if rest:
                 train_runs(rest, own.gpu_share)
+        finally:
             ray.shutdown()
-            saved = find_saved(runs)
-        write_study(folder, runs)
-        write_results(folder, runs, saved)
+            write_results(folder, rows)
     summarize(own.study)
-    states = {state_of(run, saved) for run in named.values()}
-    if "incomplete" in states:
-        return 130
-    return 1 if "failed" in states else 0
+    return 1 if "failed" in {run.row["state"] for run in named.values()} else 0
 
 
 def main() -> None:
     """Exit code 2 for bad input, 1 where a run or the machine failed, 130 for Ctrl-C."""
-    ciql.prepare_process()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    sys.path.append(os.getcwd())  # where the MODULE of env_id may be
     code = 0
     try:
         own, runs = parse(sys.argv[1:])
@@ -616,12 +531,11 @@ def main() -> None:
         else:
             code = run_study(own, runs)
     except KeyboardInterrupt:
+        print("stopped; go on with the same command")
         code = 130
     except (InputError, OSError, ray.exceptions.RayError) as error:
         code = 2 if isinstance(error, InputError) else 1
-        print(f"study: {ciql.printable(' '.join(str(error).split()))}", file=sys.stderr)
-    if code == 130:
-        print("stopped; go on with the same command")
+        print(f"study: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,16 +1,31 @@
-"""Agents that are no settings of ciql_pybullet.py; study.py trains those that --variants names.
+"""Methods by name: an agent, and the settings that are not the script's defaults.
 
-An idea is a subclass of ``CIQL`` that overrides what it changes, and a name in ``VARIANTS`` below.
-Networks that it adds as attributes are saved and resumed with the others.
+An idea that is no setting is a subclass of ``CIQL`` that overrides what it changes, and a line in
+``METHODS`` below. Networks that it adds as attributes are saved and resumed with the others.
 """
 
 import copy
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ciql_pybullet as ciql
-from ciql_pybullet import Metrics, Transitions
+from ciql_pybullet import InputError, Metrics, Transitions
+
+
+class SmallTargets(ciql.CIQL):
+    """Rewards are scaled so that episodes' returns span 1,000, as IQL's authors do on locomotion.
+
+    They, and CORL, divide rewards by the largest less the smallest return of the data's episodes,
+    then multiply by 1,000.
+    """
+
+    def prepare(self, data: Transitions) -> Transitions:
+        returns = ciql.dataset_of(data).returns
+        if not len(returns) or returns.max() == returns.min():
+            raise InputError("SmallTargets needs data with episodes of different returns")
+        scale = 1000 / (returns.max() - returns.min())
+        return super().prepare(data._replace(rewards=data.rewards * float(scale)))
 
 
 class AveragedPolicy(ciql.CIQL):
@@ -18,61 +33,36 @@ class AveragedPolicy(ciql.CIQL):
 
     def prepare(self, data: Transitions) -> Transitions:
         prepared = super().prepare(data)
-        self.average = copy.deepcopy(self.policy)
+        self.average = copy.deepcopy(self.policy).requires_grad_(False)
         return prepared
 
     def update(self, data: Transitions) -> Metrics:
         metrics = super().update(data)
-        pairs = zip(self.average.parameters(), self.policy.parameters(), strict=True)
-        with torch.no_grad():
-            for mean, latest in pairs:
-                mean.lerp_(latest, 0.001)
+        ciql.move_towards(self.average, self.policy, 0.001)
         return metrics
 
     def evaluated_policy(self) -> nn.Module:
         return self.average
 
 
-class RawObservations(ciql.CIQL):
-    """Observations are not normalised."""
+class Method(NamedTuple):
+    """What a name stands for."""
 
-    def prepare(self, data: Transitions) -> Transitions:
-        return Transitions(*(column.to(self.device) for column in data))
-
-
-class ShiftedRewards(ciql.CIQL):
-    """A transition takes the reward of the step before: what reading the format wrongly costs."""
-
-    def prepare(self, data: Transitions) -> Transitions:
-        return super().prepare(data._replace(rewards=data.rewards.roll(1)))
+    agent: type[ciql.CIQL]
+    settings: dict[str, Any]
 
 
-class PenaltyPerState(ciql.CIQL):
-    """The penalty's ReLU is of each state, not of the batch's mean, so that it is seldom closed."""
-
-    def losses(
-        self,
-        batch: Transitions,
-        negative_actions: Tensor,
-        with_penalty: bool,
-        clamp_open: Tensor | None = None,
-    ) -> tuple[Tensor, Metrics]:
-        loss, metrics = super().losses(batch, negative_actions, with_penalty=False)
-        if self.config.alpha == 0:
-            return loss, metrics
-        states = batch.observations.repeat_interleave(self.config.num_neg, 0)
-        on_data = torch.stack(self.critic(batch.observations, batch.actions))
-        off_data = torch.stack(self.critic(states, negative_actions.flatten(0, 1)))
-        gaps = off_data.unflatten(1, (-1, self.config.num_neg)).mean(-1) - on_data
-        penalty = torch.relu(gaps).mean(1).sum()
-        metrics["penalty"] = penalty.detach()
-        return loss + self.config.alpha * penalty, metrics
-
-
-VARIANTS: dict[str, type[ciql.CIQL]] = {
-    "CIQL": ciql.CIQL,
-    "AveragedPolicy": AveragedPolicy,
-    "RawObservations": RawObservations,
-    "ShiftedRewards": ShiftedRewards,
-    "PenaltyPerState": PenaltyPerState,
+IQL = {
+    "alpha": 0.0,
+    "beta": 3.0,
+    "tau": 0.7,
+    "clamp_advantage": False,
+    "policy_lr_decay": True,
+}
+METHODS = {
+    "CIQL": Method(ciql.CIQL, {}),
+    "IQL": Method(ciql.CIQL, IQL),
+    "cloning": Method(ciql.CIQL, {"alpha": 0.0, "beta": 0.0}),
+    "SmallTargets": Method(SmallTargets, IQL),
+    "AveragedPolicy": Method(AveragedPolicy, {}),
 }

@@ -1,16 +1,14 @@
 """Files, processes and settings that the tests share."""
 
-import concurrent.futures
 import csv
-import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "ciql_pybullet.py"
@@ -19,10 +17,11 @@ SAMPLE = ROOT / "data" / "halfcheetah-bullet-medium-sample.hdf5"
 sys.path.insert(0, str(ROOT))
 
 import ciql_pybullet
+from ciql_pybullet import Transitions
 
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: takes seconds; leave out with -m "not slow"')
+# What nohup and shells ignore for what they start, the programs under test would ignore as well.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +85,9 @@ def metrics(folder):
 
 
 def snapshot(folder):
-    """All that is in a folder, but for what Python compiles of modules in it."""
-    paths = [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts]
+    """All that is in a folder, but for compiled modules and the Lab's marks."""
+    others = {"__pycache__", "playing"}
+    paths = [path for path in sorted(folder.rglob("*")) if not others & set(path.parts)]
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
@@ -95,56 +95,26 @@ def snapshot(folder):
 def run_main(monkeypatch, capsys, arguments, main=ciql_pybullet.main):
     """Run a command line in this process: its exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
-    handlers = {number: signal.getsignal(number) for number in ciql_pybullet.STOP_SIGNALS}
     code = 0
     try:
         main()
     except SystemExit as stop:
         code = stop.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
-
-
-def parent_of(pid):
-    """The parent of a process; None if it is gone, or has ended and waits to be reaped."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
-    except OSError:
-        return None
-    return None if state == "Z" else int(parent)
-
-
-def children_of(pid):
-    return [
-        int(entry) for entry in os.listdir("/proc") if entry.isdigit() and parent_of(entry) == pid
-    ]
-
-
-def gone(pid):
-    """Wait for a process to end."""
-    for _ in range(100):
-        if parent_of(pid) is None:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 # --------------------------------------------------------------------------- an environment of ours
 LAB = """
 import os
-import pickle
 import time
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 
 
 class Lab(gymnasium.Env):
-    '''A point on a line that is paid for staying at 0. Tests see it play, slow it down, kill it.'''
+    '''A point on a line that is paid for staying at 0. Tests see it play and slow it down.'''
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
     observation_space = gymnasium.spaces.Box(-10, 10, (3,))
@@ -162,8 +132,6 @@ class Lab(gymnasium.Env):
 
     def step(self, action):
         time.sleep(float(os.environ.get("LAB_PAUSE", "0")))
-        if Path("die").exists():
-            os._exit(1)
         self.x = np.float32(0.9) * self.x + np.float32(0.1) * action
         return self.x, 1 - float(self.x @ self.x), False, False, {}
 
@@ -227,29 +195,18 @@ def lab(tmp_path, monkeypatch):
     return tmp_path
 
 
-class ExecutorHere(concurrent.futures.Executor):
-    """Does in this process, at once, what it is given."""
-
-    def submit(self, function, /, *arguments, **options):
-        future = concurrent.futures.Future()
-        try:
-            future.set_result(function(*arguments, **options))
-        except Exception as error:  # noqa: BLE001  (for ``result`` to raise)
-            future.set_exception(error)
-        return future
-
-
-class PoolHere(ciql_pybullet.EvaluationPool):
-    """Plays in this process: starting workers takes seconds."""
-
-    def start(self):
-        self.executor = ExecutorHere()
-        self.workers = []
-
-    def environment(self):
-        return ciql_pybullet.describe_environment(self.env_id)
-
-
 @pytest.fixture
-def pool_here(monkeypatch):
-    monkeypatch.setattr(ciql_pybullet, "EvaluationPool", PoolHere)
+def no_pictures(monkeypatch):
+    """Drawing takes half of a small training."""
+    monkeypatch.setattr(ciql_pybullet, "draw", lambda *arguments: None)
+
+
+def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
+    columns = {
+        "observations": torch.randn(n, observation_dim),
+        "actions": torch.rand(n, action_dim) * 2 - 1,
+        "rewards": torch.randn(n),
+        "next_observations": torch.randn(n, observation_dim),
+        "terminations": torch.zeros(n),
+    }
+    return Transitions(**(columns | replaced))

@@ -6,24 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.config
-import torch._functorch.config
-import torch._inductor.config
-from torch._inductor import lowering
 
-import ciql_pybullet
 from ciql_pybullet import (
     CIQL,
     Config,
     GaussianPolicy,
+    InputError,
     Transitions,
     ValueNetwork,
     awr_weights,
     conservative_gap,
-    conservative_penalty,
     expectile_loss,
-    thread_pool,
-    torch_settings,
 )
 
 S = 5  # observation_dim
@@ -42,12 +35,12 @@ CONFIG = Config(
     polyak=0.05,
     lr=1e-3,
 )
-TRAINED = ("policy", "value", "critic")  # in the order of the agent's parameters
+TRAINED = ("policy", "value", "critic")
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As ``train`` does: small products gain nothing from more."""
+    """As ``train`` does where there is a penalty."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +64,7 @@ def value(p, s):
 
 
 def q(p, critic, k, s, a):
-    return net(p, f"{critic}.q{k}", np.concatenate([s, a], 1))[:, 0]
+    return net(p, f"{critic}.q.{k - 1}", np.concatenate([s, a], 1))[:, 0]
 
 
 def gap(p, k, batch, negatives):
@@ -178,24 +171,27 @@ def trained_names(agent):
     return [name for name in parameters_of(agent) if not name.startswith("target_")]
 
 
+def prepared(agent):
+    """The agent as ``train`` has it before the first step, its gaps measured beside the losses."""
+    data = agent.prepare(random_batch(torch.Generator().manual_seed(0)))
+    agent.start_helper(data)
+    assert agent.helper
+    return agent
+
+
 def twin_of(agent):
-    with pytest.raises(TypeError, match="state_dict"):
-        copy.deepcopy(agent)
-    twin = CIQL(S, A, agent.config)
-    twin.load_state_dict(copy.deepcopy(agent.state_dict()))
+    twin = prepared(CIQL(S, A, agent.config))
+    twin.load_training_state(copy.deepcopy(agent.training_state()))
     return twin
 
 
-def by_name(agent, vector):
-    """The agent's flat gradient, by the names of the parameters."""
-    names = {}
+def gradients_of(agent):
+    """The gradients of the last step by name, as ``trained_names``."""
+    gradients = {}
     for network in TRAINED:
         for name, parameter in getattr(agent, network).named_parameters():
-            names[parameter] = f"{network}.{name}"
-    pieces = vector.double().split([parameter.numel() for parameter in agent.parameters])
-    pairs = zip(agent.parameters, pieces, strict=True)
-    found = {names[parameter]: piece.view_as(parameter).numpy() for parameter, piece in pairs}
-    return {name: found[name] for name in trained_names(agent)}
+            gradients[f"{network}.{name}"] = parameter.grad.double().numpy()
+    return gradients
 
 
 def in_float64(batch):
@@ -218,30 +214,16 @@ def random_batch(generator, n=B):
     )
 
 
-def part_gaps(p, batch, negatives, parts):
-    """The gaps (parts, 2) of a batch's parts, each alone."""
-    gaps = []
-    for rows in np.split(np.arange(B), parts):
-        part = tuple(column[rows] for column in in_float64(batch))
-        gaps.append([gap(p, k, part, negatives[rows].double().numpy()) for k in (1, 2)])
-    return np.array(gaps)
-
-
-CLAMPS = {  # is the clamp of (critic 1, critic 2) open?
-    "closed": (False, False),
-    "open on both": (True, True),
-    "open on one": (False, True),
-    "closed, but not on its parts": (False, False),
-}
+CLAMPS = {"closed": (False, False), "open on both": (True, True), "open on one": (False, True)}
 
 
 @pytest.fixture(scope="module", params=CLAMPS)
 def case(request):
     """An agent with weights far from zero, a batch, off-data actions, and the reference of them."""
-    wanted = CLAMPS[request.param]
+    wanted = CLAMPS[request.param]  # is the clamp of (Q1, Q2) open?
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(3)
-    agent = CIQL(S, A, CONFIG)
+    agent = prepared(CIQL(S, A, CONFIG))
     for network in (agent.critic, agent.target_critic):  # apart from each other
         for parameter in network.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -251,69 +233,46 @@ def case(request):
     for _ in range(100):
         batch = random_batch(generator)
         negatives = torch.rand(B, K, A, generator=generator) * 2 - 1
-        whole = part_gaps(parameters_of(agent), batch, negatives, 1)[0]
-        for k, network in enumerate((agent.critic.q1, agent.critic.q2)):
-            if (whole[k] > 0) != wanted[k]:
+        arguments = (in_float64(batch), negatives.double().numpy())
+        gaps = [gap(parameters_of(agent), k, *arguments) for k in (1, 2)]
+        for k, network in enumerate(agent.critic.q):
+            if (gaps[k] > 0) != wanted[k]:
                 network[-1].weight.data *= -1
         p = parameters_of(agent)
-        whole = part_gaps(p, batch, negatives, 1)[0]
-        alone = np.concatenate([part_gaps(p, batch, negatives, parts) for parts in (2, 4)])
-        on_parts = (alone > 0.01).any(0).all() or request.param != "closed, but not on its parts"
-        if np.abs(whole).min() > 0.01 and on_parts:
+        gaps = np.array([gap(p, k, *arguments) for k in (1, 2)])
+        if np.abs(gaps).min() > 0.01:
             break
-    assert tuple(whole > 0) == wanted and on_parts
-    arguments = (in_float64(batch), negatives.double().numpy(), CONFIG)
+    assert tuple(gaps > 0) == wanted
+    arguments = (*arguments, CONFIG)
     gradient = finite_differences(lambda at: total_loss(at, p, *arguments), p, trained_names(agent))
     assert max(np.abs(column).max() for column in gradient.values()) > 0.1
     return agent, batch, negatives, reference(p, p, *arguments), gradient
 
 
 # -------------------------------------------------------------------------- losses, gradients, step
-def test_losses_and_gradients(case):
-    agent, batch, negatives, expected, expected_gradient = case
-    gradient, found = agent.gradients(batch, negatives, with_penalty=True)
-    assert_close({name: figure.item() for name, figure in found.items()}, expected, 1e-4, 1e-6)
-    assert_close(by_name(agent, gradient), expected_gradient, 2e-3, 2e-5)
+def test_gaps(case):
+    """With gradient, and measured without: of the critic that is given."""
+    agent, batch, negatives, expected, _ = case
+    measured = agent.measure_gaps(agent.critic, batch, negatives)
+    assert not measured.requires_grad
+    for gaps in (measured, agent.gaps(agent.critic, batch, negatives)):
+        assert gaps.tolist() == pytest.approx([expected["gap1"], expected["gap2"]], rel=1e-4)
 
 
-def test_gradients_without_penalty(case):
-    """They are those of a closed clamp, and the gaps that decide whether it is are there."""
-    agent, batch, negatives, expected, expected_gradient = case
-    gradient, found = agent.gradients(batch, negatives, with_penalty=False)
-    assert found["penalty"] == 0
-    for name in ("gap1", "gap2"):
-        assert found[name].item() == pytest.approx(expected[name], rel=1e-4)
-    if expected["penalty"] == 0:
-        assert_close(by_name(agent, gradient), expected_gradient, 2e-3, 2e-5)
-    else:
-        changed = by_name(agent, gradient)["critic.q2.4.weight"]
-        assert np.abs(changed - expected_gradient["critic.q2.4.weight"]).max() > 1e-2
-
-
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_step_takes_the_mean_of_the_parts(case, monkeypatch, parts):
-    """Gradients and figures of a step, whatever its parts, are those of the whole batch."""
+@pytest.mark.parametrize("where", ["helper", "in line", "as on CUDA"])
+def test_figures_and_gradients_of_a_step(case, monkeypatch, where):
+    """All three losses and the penalty, with the gaps measured beside, before, or not at all."""
     agent, batch, negatives, expected, expected_gradient = case
     agent = twin_of(agent)
-    agent.parts = parts
+    if where != "helper":
+        agent.helper = None
+    if where == "as on CUDA":
+        agent.on_cpu = False
     monkeypatch.setattr(torch, "randint", lambda *args, **options: torch.arange(B))
     monkeypatch.setattr(torch, "rand", lambda *args, **options: (negatives + 1) / 2)
-    worked = []
-    agent.map = lambda work, *parts: [
-        worked.append(len(rows)) or work(rows, a) for rows, a in zip(*parts, strict=True)
-    ]
     found = {name: figure.item() for name, figure in agent.update(batch).items()}
-    is_open = expected["penalty"] > 0
-    assert worked == [B // parts] * parts * (2 if is_open else 1)
-    assert_close(found, expected | {"clamp_open": is_open}, 1e-4, 1e-6)
-    gradient = torch.cat([vector.grad for vector in agent.vectors])
-    assert_close(by_name(agent, gradient), expected_gradient, 2e-3, 2e-5)
-
-
-def test_number_of_parts():
-    for batch_size, batch_parts, expected in ((256, 4, 4), (6, 4, 2), (7, 4, 1), (4, 8, 4)):
-        config = Config(device="cpu", batch_size=batch_size, batch_parts=batch_parts)
-        assert CIQL(S, A, config).parts == expected
+    assert_close(found, expected | {"clamp_open": expected["penalty"] > 0}, 1e-4, 1e-6)
+    assert_close(gradients_of(agent), expected_gradient, 2e-3, 2e-5)
 
 
 def test_update_is_adam_and_polyak(case):
@@ -324,8 +283,7 @@ def test_update_is_adam_and_polyak(case):
     for _ in range(6):  # gradients that change, for Adam's averages
         batch = batch._replace(rewards=batch.rewards * -1.5)
         agent.update(batch)
-        gradient = torch.cat([vector.grad for vector in agent.vectors])
-        adam.step(p, by_name(agent, gradient), lambda name: CONFIG.lr)
+        adam.step(p, gradients_of(agent), lambda name: CONFIG.lr)
         move_target(p, CONFIG.polyak)
         assert_close(parameters_of(agent), p, 1e-4, 2e-6)
 
@@ -404,15 +362,10 @@ def test_expectile_loss_finds_the_expectile():
     assert 0.9 * above == pytest.approx(0.1 * below, rel=0.01)
 
 
-def test_conservative_penalty_by_hand():
-    q_data = torch.tensor([1.0, 3.0])
-    q_neg = torch.tensor([4.0, 2.0, 3.0, 7.0])
-    gap = conservative_gap(q_neg, q_data)
-    assert gap.item() == 2.0
-    assert conservative_penalty(gap).item() == 2.0
-    assert conservative_penalty(gap - 3).item() == 0.0
-    for clamp_open, expected in ((1.0, -1.0), (0.0, 0.0)):  # of the whole batch, for a part
-        assert conservative_penalty(gap - 3, torch.tensor(clamp_open)).item() == expected
+def test_conservative_gap_by_hand():
+    q_data = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+    q_neg = torch.tensor([[4.0, 2.0, 3.0, 7.0], [1.0, 2.0, 3.0, 2.0]])
+    assert conservative_gap(q_neg, q_data).tolist() == [2.0, -3.0]
 
 
 def test_awr_weights_by_hand():
@@ -425,6 +378,7 @@ def test_awr_weights_by_hand():
 def test_log_std_stays_above_its_floor_and_can_grow_again():
     config = Config(device="cpu", hidden_sizes=(8,), min_log_std=-1.0, lr=0.5, num_neg=1)
     agent = CIQL(S, A, config)
+    agent.prepare(random_batch(torch.Generator().manual_seed(0)))
     zeros = torch.zeros(4)
     batch = Transitions(torch.zeros(4, S), torch.zeros(4, A), zeros, torch.zeros(4, S), zeros + 1)
     agent.policy.mu[-1].weight.data.zero_()
@@ -445,19 +399,21 @@ def random_data(n=200):
 
 
 def small(**settings):
-    usual = {"hidden_sizes": (16, 16), "batch_size": 32, "batch_parts": 4, "lr": 1e-2}
+    usual = {"hidden_sizes": (16, 16), "batch_size": 32, "lr": 1e-2, "threads": 2}
     return Config(device="cpu", **(usual | settings))
 
 
-def trained(config, steps=30, change=lambda agent: None, make_agent=CIQL):
-    """An agent after these steps, and what they reported."""
+def started(config, make_agent=CIQL):
     torch.manual_seed(0)
     agent = make_agent(S, A, config)
-    change(agent)
-    return agent, run_steps(agent, steps)
+    data = agent.prepare(random_data())
+    if config.alpha > 0:
+        agent.start_helper(data)
+    return agent
 
 
 def run_steps(agent, steps, seed=0):
+    """What each of these steps reports."""
     torch.manual_seed(seed)
     data = random_data()
     history = []
@@ -467,8 +423,17 @@ def run_steps(agent, steps, seed=0):
     return history
 
 
-def weights_of(agent):
-    return torch.cat([vector.detach() for vector in agent.vectors])
+def trained(config, steps=30, make_agent=CIQL):
+    """An agent after these steps, and what they reported."""
+    agent = started(config, make_agent)
+    return agent, run_steps(agent, steps)
+
+
+def assert_same_weights(one, other):
+    left = one.state_dict()
+    right = other.state_dict()
+    for name in left:
+        assert name.startswith("critic_copy") or torch.equal(left[name], right[name]), name
 
 
 def assert_sometimes_open(history):
@@ -478,7 +443,7 @@ def assert_sometimes_open(history):
 def test_alpha_zero_has_no_penalty():
     """The critics' loss is the TD error, and nothing is played off the data."""
     _, history = trained(small(alpha=0.0))
-    assert all(row["penalty"] == row["gap1"] == row["clamp_open"] == 0 for row in history)
+    assert not {"penalty", "gap1", "clamp_open"} & history[0].keys()
     _, with_penalty = trained(small(alpha=5.0))
     assert any(row["penalty"] > 0 for row in with_penalty)
     assert history[-1]["q_loss"] != with_penalty[-1]["q_loss"]
@@ -492,7 +457,7 @@ def test_beta_zero_is_behaviour_cloning():
     for one, other in zip(*(agent.policy.parameters() for agent in agents), strict=True):
         assert torch.equal(one, other)
     batch = random_data()
-    _, found = agents[0].gradients(batch, torch.zeros(200, 0, A), False)
+    _, found = agents[0].losses(batch)
     likelihood = agents[0].policy.log_prob(*batch[:2]).mean().item()
     assert found["policy_loss"].item() == pytest.approx(-likelihood)
 
@@ -501,41 +466,41 @@ def test_same_seed_same_bits():
     first = trained(small())[1]
     assert trained(small())[1] == first
     torch.manual_seed(1)
-    assert CIQL(S, A, small()).update(random_data())["q_loss"].item() != first[0]["q_loss"]
+    assert started(small()).update(random_data())["q_loss"].item() != first[0]["q_loss"]
 
 
 def test_saved_agent_goes_on_to_the_same_bits():
     """With Adam's averages, and the policy's learning rate on its way down."""
     config = small(policy_lr_decay=True, max_steps=40)
     whole, _ = trained(config, 20)
-    state = copy.deepcopy(whole.state_dict())
+    state = copy.deepcopy(whole.training_state())
     run_steps(whole, 10, seed=1)
-    torch.manual_seed(5)
-    other = CIQL(S, A, config)
-    other.load_state_dict(state)
+    other = started(config)
+    other.load_training_state(state)
     run_steps(other, 10, seed=1)
-    assert torch.equal(weights_of(whole), weights_of(other))
+    assert_same_weights(whole, other)
 
 
-def test_skipping_a_closed_clamp_is_exact():
-    """Leaving out the penalty's backward pass gives the bits of always taking it."""
-
-    def always(agent):
-        agent.on_cpu = False
-
-    for alpha in (1.0, 20.0):
-        config = small(alpha=alpha, batch_parts=1)
-        skipping, history = trained(config)
-        assert_sometimes_open(history)
-        assert torch.equal(weights_of(skipping), weights_of(trained(config, change=always)[0]))
+@pytest.mark.parametrize("alpha", [1.0, 20.0])
+def test_leaving_out_a_closed_clamp_is_exact(alpha):
+    """The helper's gaps, those measured in line, and always taking them: the same bits."""
+    helped, history = trained(small(alpha=alpha))
+    assert_sometimes_open(history)
+    in_line = started(small(alpha=alpha))
+    in_line.helper = None
+    always = started(small(alpha=alpha))
+    always.helper = None
+    always.on_cpu = False
+    for other in (in_line, always):
+        assert run_steps(other, 30) == history
+        assert_same_weights(helped, other)
 
 
 def test_step_on_cuda_reads_nothing_on_the_host(monkeypatch):
     """Its path, here on the CPU: a read of a tensor would wait for the device."""
-    torch.manual_seed(0)
-    agent = CIQL(S, A, small(policy_lr_decay=True))
+    agent = started(small(policy_lr_decay=True))
     agent.on_cpu = False
-    agent.parts = 1
+    agent.helper = None
     data = random_data()
     agent.update(data)
 
@@ -550,177 +515,113 @@ def test_step_on_cuda_reads_nothing_on_the_host(monkeypatch):
     assert figures["clamp_open"].item() in (0, 1)
 
 
-def test_step_on_cuda_is_one_graph(monkeypatch, capsys):
-    """What is compiled for CUDA has no branch on a tensor; traced, it gives the same weights."""
-    compile_with = torch.compile
-
-    def compile_here(function, fullgraph, mode):
-        assert fullgraph and mode == "reduce-overhead"
-        return compile_with(function, fullgraph=True, backend="aot_eager")
-
-    def traced(agent):
-        agent.on_cpu = False
-        agent.compile(random_data())
-
-    monkeypatch.setattr(torch, "compile", compile_here)
-    config = small(batch_parts=1)
-    agent, _ = trained(config, 5, traced)
-    assert capsys.readouterr().out == ""
-    expected, _ = trained(config, 5)
-    torch.testing.assert_close(weights_of(agent), weights_of(expected), rtol=1e-4, atol=1e-5)
-
-
-def threaded(agent, threads, steps=300):
-    """Weights after these steps, their parts worked by so many threads, and what they reported."""
-    state = copy.deepcopy(agent.state_dict())
-    with torch_settings(agent.config), thread_pool(threads) as pool:
-        agent.map = pool.map
-        history = run_steps(agent, steps)
-    weights = weights_of(agent)
-    agent.map = map
-    agent.load_state_dict(state)
-    return weights, history
-
-
-def test_same_bits_with_any_number_of_threads():
-    agent, _ = trained(small(lr=1e-3, hidden_sizes=(16,)), 0)
-    assert agent.parts == 4
-    expected, history = threaded(agent, 1)
-    assert_sometimes_open(history)
-    for threads in (2, 4):
-        assert torch.equal(threaded(agent, threads)[0], expected)
-    assert not torch.equal(expected, weights_of(agent))
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.slow
+def test_on_cuda():
+    """The same figures as on the CPU, compiled as well, from the same weights and batches."""
+    data = random_data()
+    config = small(batch_size=200, alpha=5.0)
+    of_cpu = started(config)
+    for compiled in (False, True):
+        agent = started(Config(**vars(config) | {"device": "cuda"}))
+        prepared_data = agent.prepare(data)
+        if compiled:
+            agent.compile_losses(prepared_data)
+        for _ in range(20):
+            figures = {name: figure.item() for name, figure in agent.update(prepared_data).items()}
+        assert all(np.isfinite(list(figures.values())))
+        assert figures["q_loss"] == pytest.approx(run_steps(of_cpu, 20)[-1]["q_loss"], rel=0.5)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-@pytest.mark.parametrize(("library", "alpha"), [("oneDNN", 1.0), ("MKL", 0.0)])
-def test_compiled_step(monkeypatch, capfd, library, alpha):
-    """It agrees with the eager one, uses that library, has its bits with any number of threads,
-    and leaves no trace in the compiler."""
-    monkeypatch.setattr(ciql_pybullet, "wants_onednn", lambda: library == "oneDNN")
-    compiler_configs = (torch._dynamo.config, torch._inductor.config)
-    operators = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    rules = [lowering.lowerings[operator] for operator in operators]
-    configs = [config.get_config_copy() for config in compiler_configs]
-    config = small(lr=1e-4, hidden_sizes=(64, 64), batch_size=256, alpha=alpha)  # oneDNN's: from 64
-    agent, _ = trained(config, 0)
-    eager, expected = threaded(agent, 1)
+@pytest.mark.parametrize("alpha", [1.0, 0.0])
+def test_compiled_step(capsys, alpha):
+    """It agrees with the eager one, and gives the same bits each time; it leaves no trace."""
+    config = small(lr=1e-3, alpha=alpha)
+    _, expected = trained(config, 100)
+    found = []
+    for _ in range(2):
+        agent = started(config)
+        before = (copy.deepcopy(agent.state_dict()), torch.get_rng_state())
+        agent.compile_losses(random_data())
+        assert all(torch.equal(t, before[0][name]) for name, t in agent.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), before[1])
+        with torch.compiler.set_stance("fail_on_recompile"):  # a recompile would be an eager step
+            found.append(run_steps(agent, 100))
+    assert capsys.readouterr().out == ""
+    assert found[0] == found[1]
     if alpha > 0:
         assert_sometimes_open(expected)
-    with (  # no graph of before, which may be of another version of the rule
-        torch_settings(agent.config),
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        agent.compile(random_data())
-    assert "eagerly" not in capfd.readouterr().out
-    assert [lowering.lowerings[operator] for operator in operators] == rules
-    assert [config.get_config_copy() for config in compiler_configs] == configs
-
-    with torch.compiler.set_stance("fail_on_recompile"):  # a recompile would be an eager step
-        first, found = threaded(agent, 1)
-        for threads in (2, 4):
-            assert torch.equal(threaded(agent, threads)[0], first)
-        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-            threaded(agent, 1, 1)
-        assert ("inner_product" in capfd.readouterr().out) == (library == "oneDNN")
-    torch.testing.assert_close(first, eager, rtol=1e-3, atol=1e-3)
     for name in expected[0]:
-        one = [row[name] for row in found]
+        one = [row[name] for row in found[0]]
         other = [row[name] for row in expected]
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("missing", ["compiler", "private switch"])
-def test_step_that_cannot_be_compiled_runs_eagerly(monkeypatch, capsys, missing):
-    if missing == "compiler":
+def test_step_that_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler found\nand a page more")
 
-        def broken(*args, **kwargs):
-            raise RuntimeError("no compiler found\nand a page more")
-
-        monkeypatch.setattr(torch, "compile", lambda step, **kwargs: broken)
-        reason = "no compiler found"
-    else:
-        monkeypatch.delattr(lowering, "fallback_handler")
-        monkeypatch.setattr(ciql_pybullet, "wants_onednn", lambda: True)
-        reason = "fallback_handler"
-    _, found = trained(small(), 3, lambda agent: agent.compile(random_data()))
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: broken)
+    agent = started(small())
+    agent.compile_losses(random_data())
     out = capsys.readouterr().out
-    assert out.startswith("NOTE   the step could not be compiled and runs eagerly, slower:")
-    assert reason in out and out.count("\n") == 1
-    assert found == trained(small(), 3)[1]
-    assert lowering.lowerings[torch.ops.aten.mm.default].__module__.startswith("torch.")
-
-
-def test_figure_that_an_idea_adds():
-    """A line in ``losses`` is all: the step reports it, as the mean over the batch."""
-
-    class Idea(CIQL):
-        def losses(self, batch, negative_actions, with_penalty, clamp_open=None):
-            loss, figures = super().losses(batch, negative_actions, with_penalty, clamp_open)
-            figures["reward"] = batch.rewards.mean()
-            figures["largest_reward"] = batch.rewards.max()
-            return loss, figures
-
-    torch.manual_seed(0)
-    agent = Idea(S, A, small())
-    torch.manual_seed(1)
-    rewards = random_data().rewards[torch.randint(200, (32,))]
-    torch.manual_seed(1)
-    figures = agent.update(random_data())
-    assert figures["reward"].item() == pytest.approx(rewards.mean().item())
-    of_parts = np.mean([part.max().item() for part in rewards.chunk(4)])
-    assert figures["largest_reward"].item() == pytest.approx(of_parts)
+    assert out.startswith("NOTE   the losses could not be compiled and run eagerly, slower:")
+    assert "no compiler found" in out and out.count("\n") == 1
+    assert run_steps(agent, 3) == trained(small(), 3)[1]
 
 
 def test_network_that_an_idea_replaces():
-    class Idea(CIQL):
+    """It is trained once it was given to ``make_optimizer``, and refused by name before."""
+
+    class Forgotten(CIQL):
         def __init__(self, observation_dim, action_dim, config):
             super().__init__(observation_dim, action_dim, config)
             self.value = ValueNetwork(observation_dim, (12,))
-            self.make_optimizer()
 
-    agent, _ = trained(small(), 0, make_agent=Idea)
+    class Idea(Forgotten):
+        def __init__(self, observation_dim, action_dim, config):
+            super().__init__(observation_dim, action_dim, config)
+            self.make_optimizer(self.policy, self.value, self.critic)
+
+    with pytest.raises(InputError, match=r"value\.v\.0\.weight requires gradients, but no"):
+        started(small(), Forgotten).check_optimizers()
+    agent = started(small(), Idea)
+    agent.check_optimizers()
     before = [parameter.clone() for parameter in agent.value.parameters()]
     run_steps(agent, 3)
-    after = list(agent.value.parameters())
-    assert after[0].shape == (12, S)
-    for old, new in zip(before, after, strict=True):
+    assert before[0].shape == (12, S)
+    for old, new in zip(before, agent.value.parameters(), strict=True):
         assert not torch.equal(old, new)
-    assert sum(parameter.numel() for parameter in after) == len(agent.value_vector)
-    assert len(weights_of(agent)) == sum(parameter.numel() for parameter in agent.parameters)
 
 
-def test_rates_of_an_optimiser_of_ones_own_are_resumed():
-    class Idea(CIQL):
-        def make_optimizer(self):
-            super().make_optimizer()
-            for group, lr in zip(self.optimizer.param_groups, (1e-3, 2e-3, 3e-3), strict=True):
-                group["lr"] = lr
-
-    whole, _ = trained(small(), 20, make_agent=Idea)
-    saved, _ = trained(small(), 10, make_agent=Idea)
-    state = copy.deepcopy(saved.state_dict())
-    random_state = torch.get_rng_state()
-    resumed, _ = trained(small(), 0, make_agent=Idea)
-    resumed.load_state_dict(state)
-    data = random_data()
-    torch.set_rng_state(random_state)
-    for _ in range(10):
-        resumed.update(data)
-    assert torch.equal(weights_of(resumed), weights_of(whole))
+def test_one_forgotten_parameter_is_refused():
+    """All of a network's parameters are looked at; one that nothing uses is no error."""
+    agent = started(small())
+    agent.policy.unused = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(InputError, match="policy.unused requires gradients"):
+        agent.check_optimizers()
+    agent.make_optimizer(agent.policy, agent.value, agent.critic)
+    agent.check_optimizers()
+    run_steps(agent, 1)
+    agent.value.requires_grad_(False)
+    agent.value.later = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+    agent.check_optimizers()
 
 
-@pytest.mark.parametrize("name", ["policy", "value", "critic", "target_critic"])
-def test_network_that_no_vector_holds_is_refused(name):
-    agent, _ = trained(small(), 0)
-    agent.prepare(random_data())
-    setattr(agent, name, copy.deepcopy(getattr(agent, name)))
-    with pytest.raises(TypeError, match="call make_optimizer again"):
-        agent.prepare(random_data())
+def test_settings_of_a_resumed_optimiser_are_the_configs():
+    """Its averages are the saved ones, its rate and such are those of now."""
+    saved = copy.deepcopy(trained(small(lr=1e-2), 5)[0].training_state())
+    agent = started(small(lr=5e-4))
+    for group in agent.optimizer.param_groups:
+        group["weight_decay"] = 0.1
+    agent.load_training_state(saved)
+    for group in agent.optimizer.param_groups:
+        assert (group["lr"], group["weight_decay"], group["fused"]) == (5e-4, 0.1, True)
+        assert all(agent.optimizer.state[p]["step"] == 5 for p in group["params"])
 
 
+# ------------------------------------------------------------------------------------ normalisation
 def test_data_are_normalised_as_the_policy_undoes_it():
     data = random_data(20)
     agent = CIQL(S, A, small())

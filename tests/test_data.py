@@ -1,34 +1,64 @@
 """Reading of both layouts, on files the tests write; where data come from; other environments."""
 
-import json
 import pwd
-import subprocess
-import sys
 import textwrap
 
+import gymnasium
 import h5py
 import numpy as np
 import pooch
+import pybullet_envs_gymnasium  # noqa: F401  (registers the robots)
 import pytest
+import requests
 import torch
-from conftest import ROOT, SAMPLE, SAMPLE_ID, episode, hopper_file, metrics, run_main, write_file
+from conftest import (
+    LAB_SETTINGS,
+    SAMPLE,
+    SAMPLE_ID,
+    episode,
+    hopper_file,
+    metrics,
+    own_transitions,
+    run_main,
+    write_file,
+)
 
 import ciql_pybullet
 from ciql_pybullet import (
     ROBOTS,
     Config,
-    Environment,
-    EvaluationPool,
     GaussianPolicy,
     InputError,
-    Transitions,
+    check_environment,
     check_transitions,
+    dataset_of,
     find_dataset,
     load_dataset,
+    play_episode,
     read_dataset,
-    read_transitions,
     train,
 )
+
+
+def read_transitions(path, max_episode_steps=1000):
+    return read_dataset(path, max_episode_steps).transitions
+
+
+def box_environment(low, high, observation_dim=15):
+    """What the checks ask of an environment."""
+    env = gymnasium.Env()
+    env.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (observation_dim,))
+    env.action_space = gymnasium.spaces.Box(np.float32(low), np.float32(high))
+    return env
+
+
+def robot_environment(env_id):
+    """A robot's spaces and spec, without starting the simulator."""
+    robot = ROBOTS[env_id]
+    ones = np.ones(robot.action_dim)
+    env = box_environment(-ones, ones, robot.observation_dim)
+    env.spec = gymnasium.spec(env_id)
+    return env
 
 
 # --------------------------------------------------------------------------- d4rl-pybullet's layout
@@ -56,7 +86,8 @@ def test_every_number(tmp_path, two_dimensional):
     assert {column.dtype for column in t} == {torch.float32}
     dataset = read_dataset(path, 3)
     assert dataset.returns.tolist() == [1011 + 1012, 1041, 1021 + 1022 + 1023]
-    assert dataset.ended_after.tolist() == [2, 1]
+    assert dataset.lengths.tolist() == [2, 1, 3]
+    assert dataset.terminated.tolist() == [True, True, False]
     assert (dataset.rows, dataset.layout) == (12, "d4rl-pybullet's layout")
 
 
@@ -107,7 +138,7 @@ def test_every_number_of_d4rls_layout(tmp_path, flag):
             file.create_dataset(key, data=column, compression="gzip")
         file["infos/qpos"] = np.zeros((3, 2))
         file["metadata/algorithm"] = "SAC"
-    dataset = read_dataset(path, max_episode_steps=2)  # of no concern: the layout marks cuts itself
+    dataset = read_dataset(path, max_episode_steps=3)
     t = dataset.transitions
     assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 22, 50, 60, 61, 30, 31]
     assert t.next_observations[:, 0].tolist() == [11, 12, 41, 21, 22, 23, 51, 61, 62, 31, 32]
@@ -118,7 +149,8 @@ def test_every_number_of_d4rls_layout(tmp_path, flag):
     assert t.terminations.tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0]
     assert {column.dtype for column in t} == {torch.float32}
     assert dataset.returns.tolist() == [2023, 1041, 3066, 1051, 2123]
-    assert dataset.ended_after.tolist() == [2, 1, 2]
+    assert dataset.lengths.tolist() == [2, 1, 3, 1, 2]
+    assert dataset.terminated.tolist() == [True, True, False, False, True]
     assert (dataset.rows, dataset.layout) == (11, "D4RL's layout")
 
 
@@ -153,12 +185,22 @@ def test_sample_reads_the_same_in_d4rls_layout(tmp_path, name):
     for one, other in zip(found.transitions, t, strict=True):
         assert torch.equal(one, other)
     np.testing.assert_allclose(found.returns, expected.returns)
-    assert found.ended_after.tolist() == expected.ended_after.tolist()
+    assert found.lengths.tolist() == expected.lengths.tolist()
+    assert found.terminated.tolist() == expected.terminated.tolist()
 
 
 # ------------------------------------------------------------------ neither layout, doubtful limits
 def first_rewards(path):
     return write_file(path, episode(4, 0) | {"rewards": np.full(5, 7.0)}, episode(3, 5))
+
+
+def half_marked(episodes, marked=(1, 3, 5)):
+    """Episodes of four steps, of which only some have a mark that they were cut."""
+    return [d4rl_episode(4, 10 * n + 1, timeout=n in marked) for n in range(episodes)]
+
+
+def nothing(columns, rows):
+    return {key: np.zeros((rows, *column.shape[1:])) for key, column in columns.items()}
 
 
 NEITHER = {
@@ -170,13 +212,31 @@ NEITHER = {
     "first rewards": (first_rewards, "no known layout", "begins with reward 0 (here 1 do not)"),
     "longer than the limit": (
         lambda path: write_file(path, episode(4, 0), episode(5, 10)),
-        "an episode of 5 steps, but the time limit is 4",
-        "set max_episode_steps",
+        "an episode of 5 steps, from row 5 on, but the time limit is 4",
+        "set --max-episode-steps",
     ),
     "cut one longer than the limit": (
         lambda path: write_file(path, episode(4, 0), episode(6, 10, closed=False)),
-        "an episode of 5 steps, but the time limit is 4",
-        "set max_episode_steps",
+        "an episode of 5 steps, from row 5 on, but the time limit is 4",
+        "set --max-episode-steps",
+    ),
+    "every second timeout lost": (
+        lambda path: write_file(path, *half_marked(6)),
+        "an episode of 8 steps, from row 0 on, but the time limit is 4",
+        "set --max-episode-steps",
+        "mark cuts in 'timeouts'",
+    ),
+    "the tail's timeouts lost": (
+        lambda path: write_file(path, *half_marked(5, marked=(0, 1))),
+        "an episode of 12 steps, from row 8 on, but the time limit is 4",
+    ),
+    "rows never written": (
+        lambda path: write_file(path, episode(4, 1), episode(3, 10), nothing(episode(4, 0), 900)),
+        "the last 900 rows are all zero; cut them off",
+    ),
+    "rows never written in D4RL's layout": (
+        lambda path: write_file(path, *half_marked(4, range(4)), nothing(D4RL[0], 20_000)),
+        "the last 20,000 rows are all zero; cut them off",
     ),
 }
 
@@ -188,6 +248,7 @@ def test_file_of_neither_layout_is_refused(tmp_path, name):
         read_dataset(write(tmp_path / "data.hdf5"), max_episode_steps=4)
     for words in ("data.hdf5", *named):
         assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_file_may_end_after_the_last_action_of_an_episode(tmp_path):
@@ -215,7 +276,7 @@ def robot_file(path, env_id, lengths, **replaced):
 def test_time_limit_of_the_recording(tmp_path, capsys, env_id, lengths, limit, terminations, note):
     path = robot_file(tmp_path / "data.hdf5", env_id, lengths)
     config = Config(dataset=str(path), env_id=env_id, max_episode_steps=limit)
-    dataset = load_dataset(config, ROBOTS[env_id])
+    dataset = load_dataset(config, robot_environment(env_id))
     assert dataset.transitions.terminations.sum() == terminations
     out = capsys.readouterr().out
     assert f"{sum(lengths)} transitions, {terminations} of them terminations" in out
@@ -225,20 +286,16 @@ def test_time_limit_of_the_recording(tmp_path, capsys, env_id, lengths, limit, t
         assert "max_episode_steps (to 5?)" in out
 
 
-def test_timeouts_that_are_never_set_are_refused(tmp_path):
-    """Three episodes of 4 steps that nothing marks are one of 12, longer than the limit."""
-    path = write_file(tmp_path / "data.hdf5", *[d4rl_episode(4, 10 * n) for n in range(3)])
-    with pytest.raises(InputError, match="'timeouts' is never set, but an episode has 12 steps"):
-        read_transitions(path, max_episode_steps=4)
+def test_a_longer_limit_lets_them_through(tmp_path):
+    """Three episodes of 4 steps that nothing marks are one of 12."""
+    path = write_file(tmp_path / "data.hdf5", *half_marked(3, ()))
     assert len(read_transitions(path, max_episode_steps=12).rewards) == 12
 
 
 def test_time_limits_among_the_terminations_of_d4rls_layout(tmp_path, capsys):
-    robot = ROBOTS["HopperBulletEnv-v0"]
-    path = robot_file(
-        tmp_path / "data.hdf5", "HopperBulletEnv-v0", (5, 5, 5), timeouts=np.zeros(18)
-    )
-    load_dataset(Config(dataset=str(path), env_id="HopperBulletEnv-v0"), robot)
+    env_id = "HopperBulletEnv-v0"
+    path = robot_file(tmp_path / "data.hdf5", env_id, (5, 5, 5), timeouts=np.zeros(18))
+    load_dataset(Config(dataset=str(path), env_id=env_id), robot_environment(env_id))
     out = capsys.readouterr().out
     assert "in D4RL's layout" in out and "mark that in 'timeouts' and not in 'terminals'" in out
 
@@ -257,12 +314,13 @@ def test_message_names_the_robot_that_fits(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "transitions", "terminations", "returns"),
     [
-        ("halfcheetah", (100_000, 26), 0, (100, 861.8, 90.6)),  # a cheetah never falls
-        ("hopper", (28_245, 15), 10, (32, 1253.7, 295.8)),
+        ("halfcheetah-bullet-medium", (100_000, 26), 0, (100, 861.8, 90.6)),  # it never falls
+        ("hopper-bullet-medium", (28_245, 15), 10, (32, 1253.7, 295.8)),
+        ("hopper-bullet-mixed", (38_520, 15), 416, (426, 112.8, 218.6)),
     ],
 )
 def test_embedded_samples(name, transitions, terminations, returns):
-    dataset = read_dataset(SAMPLE.parent / f"{name}-bullet-medium-sample.hdf5")
+    dataset = read_dataset(SAMPLE.parent / f"{name}-sample.hdf5")
     t = dataset.transitions
     own = dataset.returns
     assert t.observations.shape == transitions
@@ -280,21 +338,22 @@ def offline(monkeypatch):
 
     def refuse(self, url, part, pooch):
         asked.append(url)
-        raise OSError("no route to host")
+        raise requests.ConnectionError(f"HTTPSConnectionPool({url}): NameResolutionError")
 
     monkeypatch.setattr(pooch.HTTPDownloader, "__call__", refuse)
     return asked
 
 
 def test_a_path_is_taken_as_it_is(offline):
-    assert str(find_dataset("some/file.hdf5")) == "some/file.hdf5"
+    path, reason = find_dataset("some/file.hdf5")
+    assert (str(path), reason) == ("some/file.hdf5", "")
     assert not offline
 
 
 def test_the_cache_comes_before_the_network(tmp_path, offline):
     (tmp_path / "cache").mkdir()
     cached = write_file(tmp_path / "cache" / f"{SAMPLE_ID}.hdf5", episode(2, first=0))
-    assert find_dataset(SAMPLE_ID) == cached
+    assert find_dataset(SAMPLE_ID) == (cached, "")
     assert not offline
 
 
@@ -304,7 +363,7 @@ def test_the_default_cache_is_d4rl_pybullets(tmp_path, monkeypatch, offline):
     folder = tmp_path / ".d4rl" / "datasets"
     folder.mkdir(parents=True)
     cached = write_file(folder / "ant-bullet-mixed-v0.hdf5", episode(2, first=0))
-    assert find_dataset("ant-bullet-mixed-v0") == cached
+    assert find_dataset("ant-bullet-mixed-v0") == (cached, "")
 
 
 def test_user_without_a_home(tmp_path, monkeypatch, offline):
@@ -318,75 +377,151 @@ def test_user_without_a_home(tmp_path, monkeypatch, offline):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(InputError, match="set D4RL_DATASET_DIR"):
         find_dataset(SAMPLE_ID)
-    assert str(find_dataset("data.hdf5")) == "data.hdf5"
+    assert str(find_dataset("data.hdf5")[0]) == "data.hdf5"
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    assert find_dataset(SAMPLE_ID) == SAMPLE
+    assert find_dataset(SAMPLE_ID)[0] == SAMPLE
 
 
-def test_the_samples_stand_in_for_their_own_ids_alone(tmp_path, offline, capsys):
-    found = {}
-    for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
-        for kind in ("random", "medium", "mixed"):
-            name = f"{robot}-bullet-{kind}-v0"
-            sample = SAMPLE.parent / f"{robot}-bullet-{kind}-sample.hdf5"
-            if sample.exists():
-                assert find_dataset(name) == sample
-                assert "no route to host" in capsys.readouterr().out
-            else:
-                with pytest.raises(InputError) as error:
-                    find_dataset(name)
-                place = tmp_path / "cache" / f"{name}.hdf5"
-                assert f"download {offline[-1]} to {place}" in str(error.value)
-                remedy = f"python data/make_bullet_dataset.py --id {name}"
-                assert remedy in str(error.value)
-            found[name] = offline[-1]
-            assert offline[-1].startswith("https://www.dropbox.com/s/")
-            assert offline[-1].endswith(f"/{name}.hdf5?dl=1")
-    assert set(found) == set(ciql_pybullet.DATASETS)
+def test_offline(tmp_path, offline, capsys):
+    """One NOTE in words: not reachable, the sample is used, and how to have the published file."""
+    load_dataset(Config(), robot_environment("HalfCheetahBulletEnv-v0"))
+    out = capsys.readouterr().out
+    (note,) = [line for line in out.splitlines() if line.startswith("NOTE")]
+    assert note.startswith(f"NOTE   this is not the published {SAMPLE_ID}, but re-collected after")
+    reason = f"{SAMPLE_ID} could not be downloaded (its server cannot be reached, ConnectionError)"
+    place = tmp_path / "cache" / f"{SAMPLE_ID}.hdf5"
+    assert f"{reason}; to have it, put {offline[0]} at {place}" in note
+    assert "NameResolutionError" not in out
+
+
+def test_the_samples_stand_in_for_their_own_ids_alone(tmp_path, offline):
+    for name in ciql_pybullet.DATASETS:
+        sample = SAMPLE.parent / name.replace("-v0", "-sample.hdf5")
+        if sample.exists():
+            assert find_dataset(name)[0] == sample
+        else:
+            with pytest.raises(InputError) as error:
+                find_dataset(name)
+            place = tmp_path / "cache" / f"{name}.hdf5"
+            assert f"put {offline[-1]} at {place}" in str(error.value)
+            assert f"python data/make_bullet_dataset.py --id {name}" in str(error.value)
+        assert offline[-1].startswith("https://www.dropbox.com/s/")
+        assert offline[-1].endswith(f"/{name}.hdf5?dl=1")
     assert len(set(offline)) == 12
     assert not list(tmp_path.glob("cache/*")) and not list(tmp_path.glob("cache/.*"))
 
 
 # ------------------------------------------------------------------------- transitions of one's own
-def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
-    columns = {
-        "observations": torch.randn(n, observation_dim),
-        "actions": torch.rand(n, action_dim) * 2 - 1,
-        "rewards": torch.randn(n),
-        "next_observations": torch.randn(n, observation_dim),
-        "terminations": torch.zeros(n),
-    }
-    return Transitions(**(columns | replaced))
+S_AND_NEXT = torch.randn(6, 15)
 
 
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (own_transitions(observation_dim=14), "observations has shape (6, 14), but (6, 15) fits"),
-        (own_transitions(next_observations=torch.zeros(6, 3)), "next_observations has shape"),
-        (own_transitions(rewards=torch.zeros(6, 1)), "rewards has shape (6, 1)"),
-        (own_transitions(rewards=torch.zeros(6).double()), "must be torch.float32"),
+        (own_transitions(observation_dim=14), "(6, 14), but torch.float32 (6, 15) fits"),
+        (own_transitions(next_observations=torch.zeros(6, 3)), "next_observations is"),
+        (own_transitions(rewards=torch.zeros(6, 1)), "rewards is torch.float32 (6, 1)"),
+        (own_transitions(rewards=torch.zeros(6).double()), "rewards is torch.float64 (6,)"),
         (own_transitions(rewards=torch.full((6,), np.nan)), "rewards holds NaN"),
         (own_transitions(terminations=torch.full((6,), 0.5)), "other than 0 and 1"),
         (own_transitions(actions=torch.full((6, 3), -1.5)), "outside the action box (up to 1.5)"),
         (own_transitions(1), "two at least"),
+        (
+            own_transitions(observations=S_AND_NEXT, next_observations=S_AND_NEXT),
+            "next_observations are the observations; shift them",
+        ),
     ],
 )
 def test_transitions_that_do_not_fit(data, named):
     with pytest.raises(InputError) as error:
-        check_transitions(data, ROBOTS["HopperBulletEnv-v0"], "data")
+        check_transitions(data, robot_environment("HopperBulletEnv-v0"), "data")
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-def test_actions_of_another_box_are_rescaled():
-    environment = Environment(15, 2, action_low=(-2.0, 0.0), action_high=(2.0, 4.0))
+def test_successors_that_may_be_the_observations():
+    """Where every step terminates, and where nothing ever moves."""
+    env = robot_environment("HopperBulletEnv-v0")
+    same = own_transitions(observations=S_AND_NEXT, next_observations=S_AND_NEXT)
+    check_transitions(same._replace(terminations=torch.ones(6)), env, "data")
+    still = torch.zeros(6, 15)
+    check_transitions(same._replace(observations=still, next_observations=still), env, "data")
+
+
+def test_actions_of_another_box_are_rescaled(capsys):
+    env = box_environment((-2.0, 0.0), (2.0, 4.0))
     actions = torch.tensor([[-2.0, 0.0], [0.0, 2.0], [2.0, 4.0], [1.0, 1.0]])
     data = own_transitions(4, action_dim=2, actions=actions)
-    found = check_transitions(data, environment, "data")
+    found = check_transitions(data, env, "data")
     assert found.actions.tolist() == [[-1, -1], [0, 0], [1, 1], [0.5, -0.5]]
+    assert capsys.readouterr().out == ""
     outside = data._replace(actions=actions - 0.01)
     with pytest.raises(InputError, match="outside the action box"):
-        check_transitions(outside, environment, "data")
+        check_transitions(outside, env, "data")
+
+
+@pytest.mark.parametrize(("largest", "is_noted"), [(1.0, True), (1.19, True), (1.3, False)])
+def test_actions_that_use_a_part_of_the_box(capsys, largest, is_noted):
+    """As those that were divided by 2 already, for a box of ±2."""
+    env = box_environment((-2.0, -2.0), (2.0, 2.0))
+    actions = torch.zeros(4, 2)
+    actions[0, 0] = -0.5
+    actions[1, 1] = largest
+    check_transitions(own_transitions(4, action_dim=2, actions=actions), env, "data")
+    out = capsys.readouterr().out
+    assert ("NOTE" in out) == is_noted
+    if is_noted:
+        share = f"{largest / 2:.0%}"
+        assert f"within {share} of the action box, from -0.5 to {largest:.4g}; are they" in out
+
+
+def in_order(*episodes):
+    """Transitions whose rows follow each other, an episode per pair of length and termination."""
+    parts = []
+    for number, (length, terminated) in enumerate(episodes):
+        states = torch.arange(length + 1.0)[:, None] + 100 * number
+        terminations = torch.zeros(length)
+        terminations[-1] = terminated
+        parts.append((states[:-1], states[1:], terminations))
+    observations, successors, terminations = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    return own_transitions(
+        len(observations),
+        observation_dim=1,
+        observations=observations,
+        next_observations=successors,
+        terminations=terminations,
+        rewards=torch.ones(len(observations)),
+    )
+
+
+def test_episodes_of_ones_own_transitions():
+    """Where ends can be told: by a termination, by a jump, by the last row; not where shuffled."""
+    data = in_order((4, True), (3, False), (5, True), (6, False))
+    dataset = dataset_of(data)
+    assert dataset.lengths.tolist() == dataset.returns.tolist() == [4, 3, 5, 6]
+    assert dataset.terminated.tolist() == [True, False, True, False]
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
+    shuffled = type(data)(*(column[order] for column in data))
+    assert len(dataset_of(shuffled).returns) == 0
+    assert dataset_of(in_order((5, False))).returns.tolist() == [5]
+    assert dataset_of(in_order((1, True), (1, True), (1, True))).returns.tolist() == [1, 1, 1]
+
+
+def test_training_on_ones_own_transitions(lab, capsys):
+    """It prints and draws what a file's training does."""
+    data = in_order((10, False), (8, True))
+    wide = {"observations": data.observations.repeat(1, 3), "actions": data.actions[:, :1]}
+    data = data._replace(**wide, next_observations=data.next_observations.repeat(1, 3))
+    titles = []
+    folder, _ = train(Config(**LAB_SETTINGS), data, report=lambda row, folder: titles.append(row))
+    out = capsys.readouterr().out
+    assert "data   data: 18 rows, 2 episodes, mean return 9.0 ± 1.0\n" in out
+    assert "18 transitions, 1 of them terminations, in transitions from Python\n" in out
+    assert folder.name.startswith("own-transitions-")
+    assert "--resume" not in out and "train in Python, where config.resume is" in out
+    with pytest.raises(InputError, match="env_id is not set"):
+        train(Config(), data)
 
 
 # ------------------------------------------------------------------------------- other environments
@@ -410,72 +545,84 @@ ENVIRONMENTS = """
     class Unbounded(Paid):
         action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
 
+    class Narrow(Paid):
+        action_space = gymnasium.spaces.Box(np.float32([-2, 3]), np.float32([2, 3]))
+
     class Picture(Paid):
         observation_space = gymnasium.spaces.Box(0, 1, (8, 8))
 
-    gymnasium.register("Paid-v0", Paid, max_episode_steps=3)
     class Restless(Paid):
         def __init__(self, mass):
             pass
 
-    gymnasium.register("Unbounded-v0", Unbounded, max_episode_steps=3)
-    gymnasium.register("Picture-v0", Picture, max_episode_steps=3)
-    gymnasium.register("Restless-v0", Restless, max_episode_steps=3)
+    class Unpaid(Paid):
+        def step(self, action):
+            return np.zeros(2, np.float32), np.nan, False, False, {}
+
+    class Wordy(Paid):
+        def step(self, action):
+            return np.zeros(2, np.float32), "much", False, False, {}
+
+    class Lost(Paid):
+        def step(self, action):
+            return np.full(2, np.nan, np.float32), 0.0, False, False, {}
+
+    class Quitter(Paid):
+        def step(self, action):
+            raise SystemExit
+
     gymnasium.register("Endless-v0", Paid)
+    for robot in (Paid, Unbounded, Narrow, Picture, Restless, Unpaid, Wordy, Lost, Quitter):
+        gymnasium.register(f"{robot.__name__}-v0", robot, max_episode_steps=3)
 """
 
 
 @pytest.fixture
 def environments(tmp_path, monkeypatch):
-    """A module that registers environments, which workers can import as well."""
+    """A module that registers environments."""
     (tmp_path / "environments.py").write_text(textwrap.dedent(ENVIRONMENTS))
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
 @pytest.mark.slow
-def test_what_environments_say_of_themselves(tmp_path, environments):
-    """The table of robots agrees with the simulator; what CIQL cannot act in is refused."""
-    code = f"""
-        import json, sys
-        sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
-        import ciql_pybullet
-
-        said = {{}}
-        for env_id in json.loads(sys.argv[1]):
-            try:
-                said[env_id] = ciql_pybullet.describe_environment(env_id)
-            except ciql_pybullet.InputError as error:
-                said[env_id] = str(error)
-        print("says", json.dumps(said))
-    """
-    refused = {
-        "CartPole-v1": "is no box",
-        "environments:Picture-v0": "is no box of one dimension",
-        "environments:Unbounded-v0": "has no bounds",
-        "environments:Restless-v0": "cannot make",
-        "environments:Endless-v0": "has no time limit",
-        "NoSuchRobot-v0": "cannot make",
-        "no_such_module:Robot-v0": "MODULE:ID",
-    }
-    others = {"ReacherBulletEnv-v0": [9, 2, 150], "environments:Paid-v0": [2, 2, 3]}
-    env_ids = json.dumps([*ROBOTS, *others, *refused])
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), env_ids],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    said = json.loads(run.stdout.split("says ")[1])
+def test_robots_are_as_the_simulator_says():
     for env_id, robot in ROBOTS.items():
-        assert said[env_id][:3] == list(robot[:3])
-        ones = [1.0] * robot.action_dim
-        assert said[env_id][3:5] == [[-low for low in ones], ones]
-    for env_id, expected in others.items():
-        assert said[env_id][:3] == expected
-    assert said["environments:Paid-v0"][3:5] == [[-2, 0], [2, 4]]
-    for env_id, words in refused.items():
-        assert words in said[env_id] and env_id in said[env_id]
+        env = check_environment(env_id)
+        shapes = (*env.observation_space.shape, *env.action_space.shape)
+        assert shapes == robot[:2] and env.spec.max_episode_steps == 1000
+        assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    reacher = check_environment("ReacherBulletEnv-v0")
+    assert reacher.observation_space.shape == (9,) and reacher.spec.max_episode_steps == 150
+
+
+@pytest.mark.parametrize(
+    ("env_id", "cause"),
+    [
+        ("CartPole-v1", "is no box"),
+        ("environments:Picture-v0", "is no box of one dimension"),
+        ("environments:Unbounded-v0", "has no bounds"),
+        ("environments:Narrow-v0", "action 1 has no width, from 3 to 3"),
+        ("environments:Restless-v0", "mass"),
+        ("environments:Endless-v0", "has no time limit"),
+        ("environments:Unpaid-v0", "reward nan"),
+        ("environments:Wordy-v0", "must be real number, not str"),
+        ("environments:Lost-v0", "gives [nan nan]"),
+        ("environments:Quitter-v0", "SystemExit"),
+        ("NoSuchRobot-v0", "NoSuchRobot"),
+        ("no_such_module:Robot-v0", "no_such_module"),
+    ],
+)
+def test_environment_that_is_wrong(environments, monkeypatch, capsys, tmp_path, env_id, cause):
+    """One line at the start that names it, exit code 2, and no folder."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    hopper_file(tmp_path / "data.hdf5")
+    code, out, error = run_main(
+        monkeypatch, capsys, ["--dataset", "data.hdf5", "--env-id", env_id, "--no-compile"]
+    )
+    lines = [line for line in error.splitlines() if line.startswith("ciql_pybullet:")]
+    assert code == 2 and len(lines) == 1 and out == ""
+    assert cause in lines[0] and f"env_id is {env_id}, which CIQL cannot act in" in lines[0]
+    assert not (tmp_path / "runs").exists()
 
 
 SMALL = {
@@ -491,27 +638,18 @@ SMALL = {
 }
 
 
-@pytest.mark.slow
-def test_another_action_box_is_played(tmp_path, environments, capsys):
+def test_another_action_box_is_played(tmp_path, environments, capsys, no_pictures):
     """Actions in [-1, 1] reach the environment's own box; no score, as there is no reference."""
     policy = GaussianPolicy(2, 2, (4,))
     with torch.no_grad():
         policy.mu[-1].weight.zero_()
         policy.mu[-1].bias.fill_(np.arctanh(0.5))  # half of the way from the middle
-    pool = EvaluationPool("environments:Paid-v0", 1)
-    try:
-        assert pool.environment()[:3] == (2, 2, 3)
-        returns = pool.play(policy, [0, 1])
-    finally:
-        pool.close()
+    returns = [play_episode(policy, "environments:Paid-v0", seed) for seed in (0, 1)]
     np.testing.assert_allclose(returns, 3 * (1 + 100 * 3), rtol=1e-5)
 
     actions = np.tile(np.float32([[-2, 0], [2, 4], [0, 0]]), (5, 1))
-    path = write_file(
-        tmp_path / "data.hdf5",
-        d4rl_episode(15, 0, timeout=1) | {"actions": actions},
-        next_observations=None,
-    )
+    parts = [d4rl_episode(3, 10 * n, timeout=1) for n in range(5)]
+    path = write_file(tmp_path / "data.hdf5", *parts, actions=actions)
     config = Config(dataset=str(path), env_id="environments:Paid-v0", **SMALL)
     folder, curve = train(config)
     assert curve.steps.tolist() == [10, 20]
@@ -533,11 +671,7 @@ def test_reacher(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "550 transitions, 1 of them terminations, in d4rl-pybullet's layout" in out
     assert "NOTE" not in out and "score" not in out
-    assert curve.returns.shape == (2, 2) and np.isfinite(curve.returns).all()
+    assert np.isfinite(curve.returns).all()
     assert (tmp_path / "eval_returns.png").exists() and (folder / "eval_returns.png").exists()
-
-    own_folder, own = train(config, data=read_transitions(path, 150))
+    _, own = train(config, data=read_transitions(path, 150))
     assert np.array_equal(own.returns, curve.returns)
-    assert own_folder.name.startswith("own-transitions-hidden_sizes8-batch_size16-seed0-")
-    with pytest.raises(InputError, match="env_id is not set"):
-        train(Config(**SMALL), data=read_transitions(path, 150))

@@ -1,0 +1,229 @@
+"""Ideas as a student writes them: agents of a few lines, in ordinary PyTorch, that just work."""
+
+import copy
+
+import pytest
+import torch
+from conftest import own_transitions
+from torch import nn
+
+import ciql_pybullet
+from ciql_pybullet import CIQL, Config, QNetworks, mlp
+
+S = 5  # observation_dim
+A = 2  # action_dim
+CONFIG = Config(
+    device="cpu", hidden_sizes=(16, 16), batch_size=32, num_neg=3, alpha=5.0, lr=1e-3, threads=2
+)
+
+
+class FourCritics(CIQL):
+    def make_critic(self):
+        return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes, number=4)
+
+
+class LayerNormCritic(CIQL):
+    def make_critic(self):
+        critic = QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
+        for q in critic.q:
+            q.insert(1, nn.LayerNorm(self.config.hidden_sizes[0]))
+        return critic
+
+
+class DropoutCritic(CIQL):
+    def make_critic(self):
+        critic = QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
+        for q in critic.q:
+            q.insert(2, nn.Dropout(0.1))
+        return critic
+
+
+class TargetValue(CIQL):
+    """y bootstraps from a slow copy of V."""
+
+    def __init__(self, observation_dim, action_dim, config):
+        super().__init__(observation_dim, action_dim, config)
+        self.target_value = copy.deepcopy(self.value).requires_grad_(False)
+
+    def targets(self, batch):
+        q_bar, _ = super().targets(batch)
+        v_next = self.target_value(batch.next_observations)
+        return q_bar, batch.rewards + self.config.gamma * (1 - batch.terminations) * v_next
+
+    def update(self, data):
+        metrics = super().update(data)
+        ciql_pybullet.move_towards(self.target_value, self.value, self.config.polyak)
+        return metrics
+
+
+class LearnedTemperature(CIQL):
+    """β is a parameter, which holds the mean weight of the policy's loss at 2."""
+
+    def __init__(self, observation_dim, action_dim, config):
+        super().__init__(observation_dim, action_dim, config)
+        self.log_beta = nn.Parameter(torch.zeros(()))
+        self.beta_optimizer = torch.optim.Adam([self.log_beta], lr=1e-2)
+
+    def losses(self, batch):
+        loss, metrics = super().losses(batch)
+        advantage = self.targets(batch)[0] - self.value(batch.observations).detach()
+        weights = torch.exp(self.log_beta.exp() * advantage.clamp(min=0))
+        return loss + (weights.mean() - 2) ** 2, metrics | {"beta": self.log_beta.detach().exp()}
+
+    def update(self, data):
+        self.beta_optimizer.zero_grad()
+        metrics = super().update(data)
+        self.beta_optimizer.step()
+        return metrics
+
+
+class TD3BC(CIQL):
+    """The policy also climbs Q, on the scale of the batch's mean |Q| (Fujimoto & Gu, 2021)."""
+
+    def losses(self, batch):
+        loss, metrics = super().losses(batch)
+        self.critic.requires_grad_(False)
+        q = self.critic(batch.observations, self.policy(batch.observations))[0]
+        self.critic.requires_grad_(True)
+        scale = q.abs().mean().detach()
+        return loss - q.mean() / scale, metrics | {"scale": scale}
+
+
+class LogSumExp(CIQL):
+    """The penalty of CQL(H): a soft maximum over the off-data actions."""
+
+    def gaps(self, critic, batch, negative_actions):
+        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
+        q_neg = critic(s_neg, negative_actions.flatten(0, 1)).unflatten(
+            -1, (-1, self.config.num_neg)
+        )
+        return (q_neg.logsumexp(-1) - critic(batch.observations, batch.actions)).mean(-1)
+
+
+class AdamWCosine(CIQL):
+    def make_optimizer(self, policy, *others):
+        super().make_optimizer(policy, *others)
+        self.optimizer = torch.optim.AdamW(self.optimizer.param_groups, weight_decay=1e-2)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 1000)
+
+    def update(self, data):
+        metrics = super().update(data)
+        self.scheduler.step()
+        return metrics
+
+
+class NoisyTargets(CIQL):
+    """Random numbers in ``losses``: the data's actions are smoothed."""
+
+    def losses(self, batch):
+        noise = 0.1 * torch.randn_like(batch.actions)
+        return super().losses(batch._replace(actions=(batch.actions + noise).clamp(-1, 1)))
+
+
+class Auxiliary(CIQL):
+    """A network that predicts the next observation; its loss is a column."""
+
+    def __init__(self, observation_dim, action_dim, config):
+        super().__init__(observation_dim, action_dim, config)
+        self.model = mlp(observation_dim + action_dim, 32, observation_dim)
+        self.make_optimizer(self.policy, self.value, self.critic, self.model)
+
+    def losses(self, batch):
+        loss, metrics = super().losses(batch)
+        predicted = self.model(torch.cat([batch.observations, batch.actions], -1))
+        model_loss = ((predicted - batch.next_observations) ** 2).mean()
+        return loss + model_loss, metrics | {"model_loss": model_loss.detach()}
+
+
+class Functional(CIQL):
+    """The critic is called with other weights, which for a moment takes its own away."""
+
+    def losses(self, batch):
+        loss, metrics = super().losses(batch)
+        weights = {name: 0.9 * p.detach() for name, p in self.critic.named_parameters()}
+        pair = (batch.observations, batch.actions)
+        q = torch.func.functional_call(self.critic, weights, pair)
+        return loss + 1e-3 * q.mean() * self.value(batch.observations).mean(), metrics
+
+
+class SampledGaps(CIQL):
+    """Off-data actions of the policy: ``gaps`` draws random numbers."""
+
+    def gaps(self, critic, batch, negative_actions):
+        noise = torch.randn_like(negative_actions) * self.policy.std()
+        mean = self.policy(batch.observations).unsqueeze(1)
+        return super().gaps(critic, batch, (mean + noise).clamp(-1, 1).detach())
+
+
+IDEAS = [
+    FourCritics,
+    LayerNormCritic,
+    DropoutCritic,
+    TargetValue,
+    LearnedTemperature,
+    TD3BC,
+    LogSumExp,
+    AdamWCosine,
+    NoisyTargets,
+    Auxiliary,
+    Functional,
+    SampledGaps,
+]
+
+
+def make(idea, compiled=False):
+    torch.manual_seed(0)
+    agent = idea(S, A, CONFIG)
+    data = agent.prepare(own_transitions(300, S, A))
+    agent.check_optimizers()
+    agent.start_helper(data)
+    if compiled:
+        agent.compile_losses(data)
+    return agent, data
+
+
+def hundred_steps(idea, compiled=False):
+    """The agent afterwards, and what each step reported."""
+    agent, data = make(idea, compiled)
+    torch.manual_seed(1)
+    with torch.compiler.set_stance("eager_on_recompile" if compiled else "default"):
+        history = [agent.update(data) for _ in range(100)]
+    return agent, [{name: figure.item() for name, figure in row.items()} for row in history]
+
+
+def assert_same(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
+    for (name, left), right in pairs:
+        assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_idea(idea):
+    """A hundred steps, twice to the bit; all of it is trained; it resumes as if never stopped."""
+    agent, history = hundred_steps(idea)
+    again, same = hundred_steps(idea)
+    assert history == same
+    assert_same(agent, again)
+    fresh, data = make(idea)
+    for (name, before), after in zip(fresh.named_parameters(), agent.parameters(), strict=True):
+        assert not (before.requires_grad and torch.equal(before, after)), name
+
+    fresh.load_training_state(copy.deepcopy(agent.training_state()))
+    for one in (agent, fresh):
+        torch.manual_seed(2)
+        for _ in range(10):
+            one.update(data)
+    assert_same(agent, fresh)
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_traced_idea(idea, monkeypatch, capsys):
+    """What the compiler traces of it, without machine code, takes the same steps."""
+    compile_with = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph, options: compile_with(f, backend="aot_eager")
+    )
+    agent, history = hundred_steps(idea, compiled=True)
+    again, same = hundred_steps(idea, compiled=True)
+    assert history == same
+    assert_same(agent, again)

@@ -1,0 +1,74 @@
+"""Learning itself: on a made-up task IQL's recipe finds what the data's random actions do not do."""
+
+import pytest
+import torch
+
+from ciql_pybullet import CIQL, Config, Transitions
+
+STEPS = 20  # of an episode
+
+
+def reward_of(positions):
+    """Paid for being near the origin of the plane: (B, 2) -> (B,)."""
+    return -(positions**2).sum(-1)
+
+
+def play(act, episodes, generator):
+    """Rows of episodes in which a point is pushed by an action, in order of episodes."""
+    x = torch.randn(episodes, 2, generator=generator) * 1.5
+    steps = []
+    for _ in range(STEPS):
+        action = act(x)
+        successor = x + 0.3 * action
+        steps.append((x, action, reward_of(successor), successor))
+        x = successor
+    return [torch.stack(column, 1).flatten(0, 1) for column in zip(*steps, strict=True)]
+
+
+def random_data(shift):
+    """What random actions do; each reward may be that of the row ``shift`` rows before."""
+    generator = torch.Generator().manual_seed(0)
+    observations, actions, rewards, successors = play(
+        lambda x: torch.rand(x.shape, generator=generator) * 2 - 1, 300, generator
+    )
+    cut = torch.zeros(len(rewards))  # no episode ends by itself
+    return Transitions(observations, actions, rewards.roll(shift), successors, cut)
+
+
+def mean_return(seed, shift=0, **recipe):
+    """Of the learned policy's mean actions, over 100 episodes."""
+    config = Config(
+        device="cpu",
+        hidden_sizes=(32, 32),
+        batch_size=128,
+        lr=3e-3,
+        gamma=0.9,
+        max_steps=600,
+        alpha=0,
+        **recipe,
+    )
+    torch.manual_seed(seed)
+    agent = CIQL(2, 2, config)
+    data = agent.prepare(random_data(shift))
+    for _ in range(config.max_steps):
+        agent.update(data)
+    policy = agent.policy
+
+    @torch.no_grad()
+    def act(x):
+        return policy((x - policy.observation_mean) / policy.observation_std)
+
+    rewards = play(act, 100, torch.Generator().manual_seed(1))[2]
+    return rewards.sum().item() / 100
+
+
+IQL = {"beta": 3.0, "tau": 0.7, "clamp_advantage": False, "policy_lr_decay": True}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_iql_learns(seed):
+    """Cloning does not, nor does IQL from rewards of the step before, as a wrong reader gives."""
+    iql = mean_return(seed, **IQL)
+    assert iql > -30
+    assert mean_return(seed, beta=0.0) < 2 * iql
+    assert mean_return(seed, shift=1, **IQL) < 1.3 * iql
