@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -171,10 +172,10 @@ def read_known(folder: Path) -> dict[str, Row]:
     path = folder / "summary.csv"
     if not path.exists():
         return {}
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not {*KEYS, "folder", "error"}.issubset(table):
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not {*KEYS, "folder", "error"}.issubset(rows):
         raise InputError(f"{path} is of another version; name another --study")
-    return {row["folder"]: row for row in table.to_dict("records")}
+    return {row["folder"]: row for row in rows.to_dict("records")}
 
 
 def saved_run(folder: Path) -> tuple[dict[str, Any], bool]:
@@ -229,11 +230,14 @@ def start_ray(address: str) -> None:
             f"Ray does not answer at {address or 'this machine'} ({error!s:.150}); start it"
             " (ray start --head), set its token, or pip install -U ray"
         ) from error
+    # What a queue sends when time is up is as Ctrl-C; Ray's own handler aborts.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def set_threads(runs: list[Run]) -> None:
     """Give runs of 0 threads the cores of the largest node. Raises InputError for more of them."""
-    cores = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = int(max(resources.get("CPU", 0) for resources in alive))
     for run in runs:
         threads = run.config.threads or cores
         if threads > cores:
@@ -257,6 +261,9 @@ def train_run(run: Run) -> str:
     ):
         try:
             ciql.train(run.config, make_agent=variants.METHODS[run.method].agent)
+        except SystemExit as stop:  # it is saved
+            if stop.code != 128 + signal.SIGINT:
+                raise  # this machine goes down, not the study: it goes on elsewhere
         except Exception as error:  # noqa: BLE001  (of its environment it may be any)
             traceback.print_exc()
             return " ".join("".join(traceback.format_exception_only(error)).split())
@@ -377,7 +384,8 @@ def table(runs: pd.DataFrame, figure: str) -> pd.DataFrame:
         pairs = part.pivot(index=["seed", "commit"], columns="dataset", values=figure).dropna()
         if figures.empty or figures.shape[1] < runs["dataset"].nunique():
             continue
-        cells = {"runs": str(figures.size), "mean": str(mean_interval(figures.mean(axis=1)))}
+        cells = {"runs": str(figures.size)}
+        cells["mean"] = str(mean_interval(figures.mean(axis=1)))
         if len(figures) >= 8:
             cells["interquartile mean"] = str(iqm_interval(figures))
         if not rows:
@@ -462,7 +470,8 @@ def draw_curves(path: Path, complete: pd.DataFrame, curves: pd.DataFrame) -> Non
         bottom, top = axes.get_ylim()
         in_view = []
         for line in axes.get_lines():
-            if bottom <= np.max(line.get_ydata()) and np.min(line.get_ydata()) <= top:
+            y = np.asarray(line.get_ydata())
+            if bottom <= y.max() and y.min() <= top:
                 in_view.append(line)
         axes.legend(handles=in_view, fontsize="small")
     figure.savefig(path, dpi=100)

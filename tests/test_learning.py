@@ -1,4 +1,4 @@
-"""Learning itself: on a made-up task IQL's recipe finds what the data's random actions do not do."""
+"""Learning itself: on a made-up task IQL finds what the random actions of the data do not do."""
 
 import pytest
 import torch
