@@ -621,6 +621,7 @@ class CIQL(nn.Module):
             return
         finally:
             self.load_state_dict(before)
+            self.zero_grad()
         self.losses = losses  # type: ignore[method-assign]
         self.gaps = gaps  # type: ignore[method-assign]
 
@@ -1142,6 +1143,9 @@ def check_environment(env_id: str, film: bool = False) -> Any:
             if env.spec.max_episode_steps is None:
                 raise ValueError("it has no time limit; register it with one")
             observation, reward, *_ = env.step((low + high) / 2)
+            shape = np.shape(observation)
+            if shape != env.observation_space.shape:
+                raise ValueError(f"its first step gives an observation of shape {shape}")
             if not (np.isfinite(observation).all() and math.isfinite(reward)):
                 raise ValueError(f"its first step gives {observation} and reward {reward}")
             if film:
@@ -1334,14 +1338,14 @@ def write_provenance(folder: Path, config: Config, agent: CIQL, checksum: int) -
         "numpy": np.__version__,
         "processor": processor(),
     }
-    settings = dataclasses.asdict(config) | {"processes": [*processes, process]}
-    write_whole(path, json.dumps(settings, indent=2).encode())
     code = folder / f"code-from-step-{agent.steps}"
     code.mkdir(exist_ok=True)
     for module in (sys.modules[__name__], sys.modules[type(agent).__module__]):
         source = getattr(module, "__file__", None)  # what is typed into Python has none
         if source:
             shutil.copy(source, code)
+    settings = dataclasses.asdict(config) | {"processes": [*processes, process]}
+    write_whole(path, json.dumps(settings, indent=2).encode())
 
 
 CHECKPOINT_VERSION = 2
@@ -1604,18 +1608,20 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> bool:
     """Make the folder of a new run, or take that of one which was killed before its checkpoint.
 
-    Raises InputError if it cannot be made, or holds something else.
+    Returns whether it is new. Raises InputError if it cannot be made, or holds something else.
     """
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        names = {path.name for path in folder.iterdir()} - {".lock"}
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error}); take another --out-dir") from error
-    if strange and "config.json" not in strange:
+    if names and "code-from-step-0" not in names:
         raise InputError(f"{folder} is there, and no run; take another --name, or remove it")
+    return is_new
 
 
 def continue_run(config: Config, saved: Config) -> Config:
@@ -1781,8 +1787,10 @@ def train(
             restore(checkpoint, config, checksum, agent)
             sums = {name: total.to(agent.device) for name, total in checkpoint["sums"].items()}
         name = type(agent).__name__
-        where = f"cpu, {threads} threads" if agent.on_cpu else torch.cuda.get_device_name()
-        compiling = "; compiling takes about a minute the first time" if config.compile else ""
+        where = (
+            f"cpu, {threads} threads" if agent.on_cpu else torch.cuda.get_device_name(agent.device)
+        )
+        compiling = "; compiling takes up to a minute the first time" if config.compile else ""
         say(f"agent  {name}, {where}{compiling}")
         if agent.on_cpu and config.alpha > 0 and threads > 1:
             agent.start_helper(prepared)
@@ -1796,9 +1804,10 @@ def train(
         # Run folder
         stop = stack.enter_context(stop_signals())
         if not checkpoint:
-            make_folder(folder)
+            is_new = make_folder(folder)
             stack.callback(lock_folder(folder).release)
-        stack.callback(remove_if_not_begun, folder, agent)
+            if is_new:
+                stack.callback(remove_if_not_begun, folder, agent)
         write_provenance(folder, config, agent, checksum)
         log = Log(folder, config, rows)
         stack.callback(log.close)

@@ -21,6 +21,7 @@ import importlib.metadata
 import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,13 +69,8 @@ class Recorder(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
         env.reset()  # the first episode's rewards are off by a constant: it is thrown away
-        self.start()
-
-    def start(self) -> None:
-        """Forget what was logged."""
-        self.columns: dict[str, list[Any]] = {
-            key: [] for key in ("observations", "actions", "rewards", "terminals")
-        }
+        names = ("observations", "actions", "rewards", "terminals")
+        self.columns: dict[str, list[Any]] = {name: [] for name in names}
         self.returns: list[float] = []  # of the whole episodes
 
     def log(self, observation: Any, action: Any, reward: float, terminal: float) -> None:
@@ -105,9 +101,9 @@ class Recorder(gymnasium.Wrapper):
         part = path.with_suffix(".part")
         with h5py.File(part, "w") as file:
             file.attrs["source"] = source
-            for key, column in self.columns.items():
+            for name, column in self.columns.items():
                 data = np.asarray(column[:rows], np.float32)
-                file.create_dataset(key, data=data, compression="gzip", shuffle=True)
+                file.create_dataset(name, data=data, compression="gzip", shuffle=True)
         part.rename(path)
         mean = np.mean(self.returns)
         std = np.std(self.returns)
@@ -122,31 +118,27 @@ class UntilLevel(BaseCallback):
         self.recorder = recorder
         self.level = level
         self.window = window
-        self.seen = 0  # episodes
         self.is_reached = False
 
     def _on_step(self) -> bool:
         returns = self.recorder.returns
-        if len(returns) > self.seen:
-            self.seen = len(returns)
-            if self.seen % 10 == 0:
-                print(
-                    f"step {self.num_timesteps:,}  return {np.mean(returns[-10:]):.1f}", flush=True
-                )
-            enough = self.seen >= self.window
-            self.is_reached = enough and bool(np.mean(returns[-self.window :]) >= self.level)
+        if self.locals["dones"][0] and len(returns) % 10 == 0:
+            print(f"step {self.num_timesteps:,}  return {np.mean(returns[-10:]):.1f}", flush=True)
+        enough = len(returns) >= self.window
+        self.is_reached = enough and bool(np.mean(returns[-self.window :]) >= self.level)
         return not self.is_reached
 
 
-def play(sac: SAC, recorder: Recorder, rows: int, deterministic: bool, seed: int) -> None:
-    """Log at least ``rows`` rows of whole episodes."""
-    recorder.start()
+def play(sac: SAC, env_id: str, rows: int, deterministic: bool, seed: int) -> Recorder:
+    """Whole episodes of at least ``rows`` rows."""
+    recorder = Recorder(gymnasium.make(env_id))
     observation, _ = recorder.reset(seed=seed)
     while len(recorder.columns["rewards"]) < rows:
         action, _ = sac.predict(observation, deterministic=deterministic)
         observation, _, terminated, truncated, _ = recorder.step(action)
         if terminated or truncated:
             observation, _ = recorder.reset()
+    return recorder
 
 
 def paths_by_kind(recipe: Recipe) -> tuple[str, dict[str, Path]]:
@@ -162,15 +154,15 @@ def paths_by_kind(recipe: Recipe) -> tuple[str, dict[str, Path]]:
             paths[match[2]] = folder / f"{name}.hdf5"
     if len(paths) != len(recipe.id) or len(robots) != 1:
         stop(f"id is {' '.join(recipe.id)}, but must be of one robot, like hopper-bullet-medium-v0")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        stop(f"{folder} cannot be written to ({error.strerror}); choose another --out")
     for path in paths.values():
         if path.exists():
             stop(f"{path} is there already; move it away or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"{folder} cannot be made ({error.strerror}); choose another --out")
-    if not os.access(folder, os.W_OK):
-        stop(f"{folder} cannot be written to; choose another --out")
     return robots.pop(), paths
 
 
@@ -201,22 +193,23 @@ def main(recipe: Recipe) -> None:
     )
 
     if "random" in paths:
-        play(sac, recorder, recipe.rows, deterministic=False, seed=recipe.seed + 10_000)
-        recorder.write(paths["random"], f"{source}; untrained policy", recipe.rows)
+        played = play(sac, env_id, recipe.rows, deterministic=False, seed=recipe.seed + 10_000)
+        played.write(paths["random"], f"{source}; untrained policy", recipe.rows)
     if paths.keys() != {"random"}:
-        recorder.start()
+        sac.set_random_seed(recipe.seed)  # learning is the same whether or not it played before
         until = UntilLevel(recorder, level, window)
         sac.learn(recipe.max_steps, until)
         if not until.is_reached:
-            stop(f"{window} episodes returned no {level:g} on average; lower --level")
+            within = f"within {recipe.max_steps:,} steps"
+            stop(f"{window} episodes returned no {level:g} on average {within}; lower --level")
         reached = f"{np.mean(recorder.returns[-window:]):.1f} over {window} episodes"
         rows = len(recorder.columns["rewards"])
         learned = f"SAC stopped at {reached} after {rows:,} rows (level {level:g})"
         if "mixed" in paths:
             recorder.write(paths["mixed"], f"{source}; replay of {learned}")
         if "medium" in paths:
-            play(sac, recorder, recipe.rows, deterministic=True, seed=recipe.seed + 20_000)
-            recorder.write(paths["medium"], f"{source}; mean action of {learned}", recipe.rows)
+            played = play(sac, env_id, recipe.rows, deterministic=True, seed=recipe.seed + 20_000)
+            played.write(paths["medium"], f"{source}; mean action of {learned}", recipe.rows)
 
 
 if __name__ == "__main__":

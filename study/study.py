@@ -57,7 +57,9 @@ class Study:
 
 
 KEYS = ["dataset", "method", "seed"]  # which tell runs apart in both tables
-Row = dict[str, Any]  # of summary.csv
+Row = dict[str, Any]  # of summary.csv, with these columns after the keys and what varies:
+COLUMNS = ["state", "step", "final_return", "evaluations", "curve_mean", "score"]
+COLUMNS += ["env_id", "data_return", "commit", "folder", "error"]
 
 
 @dataclass
@@ -72,18 +74,24 @@ class Run:
 
 def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
     """("alpha,beta", "0,3", "1,1") -> [{"alpha": "0", "beta": "3"}, {"alpha": "1", ...}]."""
-    if len(words) < 2 or len({word.count(",") for word in words}) > 1:
+    rows = [word.split(",") for word in words]
+    if len(rows) < 2 or len(set(map(len, rows))) > 1:
         raise InputError(f"--grid {' '.join(words)} needs values with a part for every setting")
-    names = words[0].split(",")
-    return [dict(zip(names, word.split(","), strict=True)) for word in words[1:]]
+    names = rows[0]
+    return [dict(zip(names, values, strict=True)) for values in rows[1:]]
 
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
     """Settings as flags of the script: {"hidden_sizes": "64 64"} -> --hidden-sizes 64 64."""
     flags = []
     for name, value in settings.items():
-        switches = {"True": [f"--{name}"], "False": [f"--no-{name}"]}
-        flags += switches.get(str(value), [f"--{name}", *str(value).split()])
+        words = str(value).split()
+        if words == ["False"]:
+            flags.append(f"--no-{name}")
+        else:
+            flags.append(f"--{name}")
+        if words not in (["True"], ["False"]):
+            flags += words
     return flags
 
 
@@ -92,7 +100,8 @@ def config_of(method: str, common: Sequence[str], varied: dict[str, str]) -> Con
     if method not in variants.METHODS:
         raise InputError(f"{method} is none of the methods {', '.join(variants.METHODS)}")
     recipe = variants.METHODS[method].settings
-    config = ciql.parse(["--threads", "1", *flags_of(recipe), *common, *flags_of(varied)])
+    flags = ["--threads", "1", *flags_of(recipe), *common, *flags_of(varied)]
+    config = ciql.parse(flags)
     values = vars(config)
     for name in ("dataset", "seed", "name", "out_dir", "resume", "evaluate"):
         if values[name] != vars(Config())[name]:
@@ -119,7 +128,8 @@ def parse(arguments: Sequence[str]) -> tuple[Study, dict[str, Run]]:
     for method, parts in itertools.product(own.methods, cells):
         varied = {name: value for part in parts for name, value in part.items()}
         common_config = config_of(method, common, varied)
-        label = " ".join([method, *(f"{name}={value}" for name, value in varied.items())])
+        words = [f"{name}={value}" for name, value in varied.items()]
+        label = " ".join([method, *words])
         for dataset, seed in itertools.product(own.datasets, own.seeds):
             stem = Path(dataset).stem
             name = f"{stem}-{label}-seed{seed}".replace("=", "").replace(" ", "-")
@@ -136,8 +146,10 @@ def parse(arguments: Sequence[str]) -> tuple[Study, dict[str, Run]]:
                 plot=Path(common_config.plot).name,  # it is in the run's folder
             )
             ciql.check(config)
-            row = {"dataset": stem, "method": label, **varied, "seed": seed, "score": None}
-            runs[name] = Run(method, config, row | {"commit": "", "folder": name, "error": ""})
+            row: Row = {"dataset": stem, "method": label, **varied, "seed": seed}
+            row |= dict.fromkeys(COLUMNS, "")
+            row["folder"] = name
+            runs[name] = Run(method, config, row)
     if not runs:
         raise InputError("the study has no runs; name data sets, methods and seeds")
     return own, runs
@@ -216,7 +228,8 @@ def start_ray(address: str) -> None:
     """Connect to the cluster, or start one of this machine. Raises InputError if that fails."""
     # Without the first it reports to its makers, without the second it retries for ever.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "3"}
-    paths = (str(ROOT), str(ROOT / "study"), os.getcwd(), "${PYTHONPATH}")  # the last: a node's own
+    paths = [str(ROOT), str(ROOT / "study"), os.getcwd()]
+    paths.append("${PYTHONPATH}")  # a node's own
     try:
         ray.init(
             address or "local",
@@ -236,8 +249,10 @@ def start_ray(address: str) -> None:
 
 def set_threads(runs: list[Run]) -> None:
     """Give runs of 0 threads the cores of the largest node. Raises InputError for more of them."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cores = int(max(resources.get("CPU", 0) for resources in alive))
+    cores = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            cores = max(cores, int(node["Resources"].get("CPU", 0)))
     for run in runs:
         threads = run.config.threads or cores
         if threads > cores:
@@ -314,12 +329,14 @@ def write_results(folder: Path, rows: dict[str, Row]) -> None:
     """Bring the rows up to date; write summary.csv, and curves.csv, a row per evaluation."""
     curves = []
     for name, row in rows.items():
-        row |= {"state": "failed" if row["error"] else "incomplete", "step": 0}
+        row["state"] = "failed" if row["error"] else "incomplete"
+        row["step"] = 0
         checkpoint, is_complete = saved_run(folder / name)
         if not checkpoint:
             continue
-        processes = json.loads((folder / name / "config.json").read_text())["processes"]
-        row["commit"] = " ".join(dict.fromkeys(process["commit"] for process in processes))
+        settings = json.loads((folder / name / "config.json").read_text())
+        commits = [process["commit"] for process in settings["processes"]]
+        row["commit"] = " ".join(dict.fromkeys(commits))
         row["step"] = checkpoint["step"]
         for point in checkpoint["rows"]:
             if "return_mean" in point:
@@ -330,8 +347,8 @@ def write_results(folder: Path, rows: dict[str, Row]) -> None:
             if not np.isfinite(means).all():
                 row |= {"state": "failed", "error": "a return is NaN or infinite"}
     pd.DataFrame(curves).to_csv(folder / "curves.csv", index=False)
-    summary = pd.DataFrame(list(rows.values()), dtype=object).to_csv(index=False)
-    ciql.write_whole(folder / "summary.csv", summary.encode())
+    summary = pd.DataFrame(list(rows.values()), dtype=object)
+    ciql.write_whole(folder / "summary.csv", summary.to_csv(index=False).encode())
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -351,7 +368,8 @@ class Interval(NamedTuple):
 def mean_interval(by_seed: Any) -> Interval:
     """The mean over seeds and Student's t interval: of a Series (seeds,), a frame (seeds, E)..."""
     mean = by_seed.mean()
-    half = stats.t.ppf(0.975, by_seed.count() - 1) * by_seed.sem()
+    t = stats.t.ppf(0.975, by_seed.count() - 1)
+    half = t * by_seed.sem()
     return Interval(mean, mean - half, mean + half)
 
 
@@ -392,7 +410,10 @@ def table(runs: pd.DataFrame, figure: str) -> pd.DataFrame:
             first = pairs
         differences = (pairs - first).dropna().mean(axis=1)
         if rows and len(differences):
-            cells[f"difference to {next(iter(rows))}"] = str(mean_interval(differences))
+            cell = str(mean_interval(differences))
+            if len(differences) < len(figures):
+                cell += f", {len(differences)} seeds"
+            cells[f"difference to {next(iter(rows))}"] = cell
         rows[str(method)] = cells
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
@@ -408,7 +429,8 @@ def read_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         curves = pd.read_csv(folder / "curves.csv", dtype=text)
         means = curves.groupby(KEYS)["return_mean"]
         for n, run in complete.iterrows():
-            figures = figures_of(means.get_group(tuple(run[KEYS])).to_numpy(), run["env_id"])
+            own = means.get_group(tuple(run[KEYS]))
+            figures = figures_of(own.to_numpy(), run["env_id"])
             summary.loc[n, list(figures)] = list(figures.values())
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{folder} cannot be read ({error!r}); name a study's folder") from error
@@ -430,7 +452,8 @@ def summarize(folder: Path, baseline: str = "") -> None:
     if scored["dataset"].nunique() > 1:
         print(f"\nall data sets, score\n{table(scored, 'score').to_string()}")
     if len(complete):
-        last = " or ".join(f"{n:.0f}" for n in sorted(complete["evaluations"].unique()))
+        numbers = sorted(complete["evaluations"].unique())
+        last = " or ".join(f"{number:.0f}" for number in numbers)
         print(f"\nof the last {last} evaluations of each run; [95 % interval over seeds]")
     versions = complete["commit"].nunique()
     if versions > 1:
@@ -448,51 +471,62 @@ def summarize(folder: Path, baseline: str = "") -> None:
 
 
 # ----------------------------------------------------------------------------------------- pictures
+def panels_of(runs: pd.DataFrame, width: float, height: float) -> tuple[Figure, list[Any]]:
+    """A figure, and its panels with the runs that each shows, those of a data set."""
+    datasets = runs.groupby("dataset", sort=False)
+    size = (3 + width * len(datasets), height)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(datasets), squeeze=False)[0]
+    panels = []
+    for panel, (dataset, part) in zip(axes, datasets, strict=True):
+        panel.set_title(dataset, fontsize="small", parse_math=False)
+        panels.append((panel, part))
+    return figure, panels
+
+
 def draw_curves(path: Path, complete: pd.DataFrame, curves: pd.DataFrame) -> None:
-    """A panel per data set: mean over seeds and interval per method, with references."""
-    datasets = complete.groupby("dataset", sort=False)
-    figure = Figure(figsize=(max(8, 5 * len(datasets)), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(datasets), squeeze=False)[0]
-    for axes, (dataset, runs) in zip(panels, datasets, strict=True):
+    """A panel per data set: mean over seeds and interval per method, and references in view."""
+    methods = list(complete["method"].unique())
+    figure, panels = panels_of(complete, width=5, height=4.5)
+    for axes, runs in panels:
         points = curves.merge(runs[KEYS])
         for method, part in points.groupby("method", sort=False):
             by_seed = part.pivot(index="seed", columns="step", values="return_mean")
             mean, low, high = mean_interval(by_seed)
-            (line,) = axes.plot(mean, label=f"{method} ({len(by_seed)})")
-            axes.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.2, lw=0)
+            color = f"C{methods.index(method)}"  # in all panels
+            axes.plot(mean, color=color, label=f"{method} ({len(by_seed)})")
+            axes.fill_between(mean.index, low, high, color=color, alpha=0.2, lw=0)
+        drawn = len(axes.get_lines())
         value = runs["data_return"].iloc[0]
-        axes.axhline(value, color="black", linestyle="--", label=f"data set, {value:.0f}")
+        axes.axhline(value, linestyle="--", label=f"data set, {value:.0f}")
         env_id = runs["env_id"].iloc[0]
         if env_id in ciql.ROBOTS:
             ciql.draw_score(axes, ciql.ROBOTS[env_id])
-        axes.set(xlabel="gradient steps", ylabel="return of an episode")
-        axes.set_title(dataset, fontsize="medium", parse_math=False)
         bottom, top = axes.get_ylim()
-        in_view = []
-        for line in axes.get_lines():
-            y = np.asarray(line.get_ydata())
-            if bottom <= y.max() and y.min() <= top:
-                in_view.append(line)
-        axes.legend(handles=in_view, fontsize="small")
+        for line in axes.get_lines()[drawn:]:
+            line.set_color("black")
+            if not bottom <= line.get_ydata()[0] <= top:
+                line.remove()
+        axes.set(xlabel="gradient steps", ylabel="return of an episode")
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)
 
 
 def draw_scores(path: Path, scored: pd.DataFrame) -> None:
     """A panel per data set, a row per method: final scores of the seeds, mean and interval."""
-    datasets = scored.groupby("dataset", sort=False)
     methods = list(scored["method"].unique())
-    size = (2 + 3 * len(datasets), 1.4 + 0.35 * len(methods))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(datasets), squeeze=False, sharey=True)[0]
-    for axes, (dataset, runs) in zip(panels, datasets, strict=True):
+    height = 1.4 + 0.35 * len(methods)
+    figure, panels = panels_of(scored, width=3, height=height)
+    for axes, runs in panels:
         rows = runs["method"].map(methods.index)
         axes.plot(runs["score"], rows, ".", color="C0", alpha=0.4)
         mean, low, _ = mean_interval(runs.groupby(rows)["score"])
-        axes.errorbar(mean, mean.index, xerr=mean - low, fmt="o", color="C0")
-        axes.set_title(dataset, fontsize="small", parse_math=False)
+        half = mean - low
+        axes.errorbar(mean, mean.index, xerr=half, fmt="o", color="C0")
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(methods)), methods)
-    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.label_outer()  # names are at the left
     figure.supxlabel("final score (0 random, 100 expert): seeds, mean, 95 % interval", size="small")
     figure.savefig(path, dpi=100)
 
@@ -505,7 +539,9 @@ def run_study(own: Study, named: dict[str, Run]) -> int:
     """
     folder = own.study.absolute()
     add_data(named)
-    rows = read_known(folder) | {name: run.row for name, run in named.items()}
+    rows = read_known(folder)
+    for name, run in named.items():
+        rows[name] = run.row
     rest = runs_to_train(named, folder)
     print(f"study  {len(named)} runs, {len(rest)} of them to train; logs: {folder}/*.log")
     if rest:
@@ -524,13 +560,15 @@ def run_study(own: Study, named: dict[str, Run]) -> int:
             ray.shutdown()
             write_results(folder, rows)
     summarize(own.study)
-    return 1 if "failed" in {run.row["state"] for run in named.values()} else 0
+    complete = [run.row["state"] == "complete" for run in named.values()]
+    return 0 if all(complete) else 1
 
 
 def main() -> None:
     """Exit code 2 for bad input, 1 where a run or the machine failed, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    streams: Any = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.path.append(os.getcwd())  # where the MODULE of env_id may be
     code = 0
     try:

@@ -447,6 +447,17 @@ def test_successors_that_may_be_the_observations():
     check_transitions(same._replace(observations=still, next_observations=still), env, "data")
 
 
+def test_bandit_file(tmp_path):
+    """Its observations are all zero to the end; what it holds are actions and rewards."""
+    shapes = {"observations": (9, 15), "actions": (9, 3), "next_observations": (9, 15)}
+    columns = {key: np.zeros(shape) for key, shape in shapes.items()}
+    columns["actions"][0] = 1
+    columns |= {"rewards": np.ones(9), "terminals": np.ones(9), "timeouts": np.zeros(9)}
+    data = read_transitions(write_file(tmp_path / "data.hdf5", columns))
+    check_transitions(data, robot_environment("HopperBulletEnv-v0"), "data")
+    assert data.rewards.sum() == data.terminations.sum() == 9
+
+
 def test_actions_of_another_box_are_rescaled(capsys):
     env = box_environment((-2.0, 0.0), (2.0, 4.0))
     actions = torch.tensor([[-2.0, 0.0], [0.0, 2.0], [2.0, 4.0], [1.0, 1.0]])
@@ -526,11 +537,13 @@ def test_training_on_ones_own_transitions(lab, capsys):
 
 # ------------------------------------------------------------------------------- other environments
 ENVIRONMENTS = """
+    import sys
+
     import gymnasium
     import numpy as np
 
     class Paid(gymnasium.Env):
-        '''Pays what it is told: the first action, and a hundred times the second.'''
+        # It pays the first action, and a hundred times the second.
 
         observation_space = gymnasium.spaces.Box(-1, 1, (2,))
         action_space = gymnasium.spaces.Box(np.float32([-2, 0]), np.float32([2, 4]))
@@ -542,38 +555,25 @@ ENVIRONMENTS = """
         def step(self, action):
             return np.zeros(2, np.float32), action[0] + 100 * action[1], False, False, {}
 
-    class Unbounded(Paid):
-        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+    def register(name, limit=3, **changed):
+        gymnasium.register(f"{name}-v0", type(name, (Paid,), changed), max_episode_steps=limit)
 
-    class Narrow(Paid):
-        action_space = gymnasium.spaces.Box(np.float32([-2, 3]), np.float32([2, 3]))
+    def giving(observation, reward):
+        observation = np.float32(observation)
+        return {"step": lambda self, action: (observation, reward, False, False, {})}
 
-    class Picture(Paid):
-        observation_space = gymnasium.spaces.Box(0, 1, (8, 8))
-
-    class Restless(Paid):
-        def __init__(self, mass):
-            pass
-
-    class Unpaid(Paid):
-        def step(self, action):
-            return np.zeros(2, np.float32), np.nan, False, False, {}
-
-    class Wordy(Paid):
-        def step(self, action):
-            return np.zeros(2, np.float32), "much", False, False, {}
-
-    class Lost(Paid):
-        def step(self, action):
-            return np.full(2, np.nan, np.float32), 0.0, False, False, {}
-
-    class Quitter(Paid):
-        def step(self, action):
-            raise SystemExit
-
-    gymnasium.register("Endless-v0", Paid)
-    for robot in (Paid, Unbounded, Narrow, Picture, Restless, Unpaid, Wordy, Lost, Quitter):
-        gymnasium.register(f"{robot.__name__}-v0", robot, max_episode_steps=3)
+    register("Paid")
+    register("Endless", limit=None)
+    register("Unbounded", action_space=gymnasium.spaces.Box(-np.inf, np.inf, (2,)))
+    register("Narrow", action_space=gymnasium.spaces.Box(np.float32([-2, 3]), np.float32([2, 3])))
+    register("Picture", observation_space=gymnasium.spaces.Box(0, 1, (8, 8)))
+    register("Restless", __init__=lambda self, mass: None)
+    register("Unpaid", **giving([0, 0], np.nan))
+    register("Wordy", **giving([0, 0], "much"))
+    register("Lost", **giving([np.nan, 0], 0.0))
+    register("Short", **giving([0], 0.0))
+    register("Broken", step=lambda self, action: 1 / 0)
+    register("Quitter", step=lambda self, action: sys.exit())
 """
 
 
@@ -606,36 +606,26 @@ def test_robots_are_as_the_simulator_says():
         ("environments:Endless-v0", "has no time limit"),
         ("environments:Unpaid-v0", "reward nan"),
         ("environments:Wordy-v0", "must be real number, not str"),
-        ("environments:Lost-v0", "gives [nan nan]"),
+        ("environments:Lost-v0", "gives [nan 0.]"),
+        ("environments:Short-v0", "of shape (1,)"),
+        ("environments:Broken-v0", "ZeroDivisionError: division by zero"),
         ("environments:Quitter-v0", "SystemExit"),
         ("NoSuchRobot-v0", "NoSuchRobot"),
         ("no_such_module:Robot-v0", "no_such_module"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's own, besides
 def test_environment_that_is_wrong(environments, monkeypatch, capsys, tmp_path, env_id, cause):
     """One line at the start that names it, exit code 2, and no folder."""
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     hopper_file(tmp_path / "data.hdf5")
-    code, out, error = run_main(
-        monkeypatch, capsys, ["--dataset", "data.hdf5", "--env-id", env_id, "--no-compile"]
-    )
-    lines = [line for line in error.splitlines() if line.startswith("ciql_pybullet:")]
-    assert code == 2 and len(lines) == 1 and out == ""
-    assert cause in lines[0] and f"env_id is {env_id}, which CIQL cannot act in" in lines[0]
+    arguments = ["--dataset", "data.hdf5", "--env-id", env_id, "--no-compile"]
+    code, out, error = run_main(monkeypatch, capsys, arguments)
+    assert code == 2 and error.count("\n") == 1 and out == ""
+    assert f"env_id is {env_id}, which CIQL cannot act in" in error and cause in error
     assert not (tmp_path / "runs").exists()
 
 
-SMALL = {
-    "device": "cpu",
-    "compile": False,
-    "hidden_sizes": (8,),
-    "batch_size": 16,
-    "max_steps": 20,
-    "eval_interval": 10,
-    "log_interval": 10,
-    "eval_episodes": 2,
-    "threads": 1,
-}
+SMALL = LAB_SETTINGS | {"max_steps": 20, "eval_interval": 10, "threads": 1}
 
 
 def test_another_action_box_is_played(tmp_path, environments, capsys, no_pictures):
@@ -650,7 +640,7 @@ def test_another_action_box_is_played(tmp_path, environments, capsys, no_picture
     actions = np.tile(np.float32([[-2, 0], [2, 4], [0, 0]]), (5, 1))
     parts = [d4rl_episode(3, 10 * n, timeout=1) for n in range(5)]
     path = write_file(tmp_path / "data.hdf5", *parts, actions=actions)
-    config = Config(dataset=str(path), env_id="environments:Paid-v0", **SMALL)
+    config = Config(**SMALL | {"dataset": str(path), "env_id": "environments:Paid-v0"})
     folder, curve = train(config)
     assert curve.steps.tolist() == [10, 20]
     rows = metrics(folder)
@@ -666,7 +656,7 @@ def test_reacher(tmp_path, capsys):
     for e in episodes:
         e["observations"] = rng.normal(size=e["observations"].shape)
     path = write_file(tmp_path / "data.hdf5", *episodes)
-    config = Config(dataset=str(path), env_id="ReacherBulletEnv-v0", **SMALL)
+    config = Config(**SMALL | {"dataset": str(path), "env_id": "ReacherBulletEnv-v0"})
     folder, curve = train(config)
     out = capsys.readouterr().out
     assert "550 transitions, 1 of them terminations, in d4rl-pybullet's layout" in out

@@ -22,6 +22,7 @@ import filelock
 import h5py
 import numpy as np
 import pooch
+import psutil
 import pytest
 import torch
 import trustme
@@ -34,6 +35,7 @@ from conftest import (
     episode,
     hopper_file,
     lab_file,
+    metrics,
     run_main,
     snapshot,
     write_file,
@@ -50,6 +52,7 @@ from ciql_pybullet import (
     find_dataset,
     load_checkpoint,
     load_dataset,
+    read_dataset,
     train,
 )
 
@@ -188,14 +191,6 @@ def group_column(path):
         file.create_group("rewards")
 
 
-def huge(path):
-    """A file of a billion rows that are never written, and so need no room."""
-    shapes = {"observations": (15,), "actions": (3,), "rewards": (), "terminals": ()}
-    with h5py.File(path, "w") as file:
-        for key, shape in shapes.items():
-            file.create_dataset(key, (10**9, *shape), np.float32, chunks=(10**5, *shape))
-
-
 BAD_FILES = {
     "not there": (lambda path: None, "No such file"),
     "not HDF5": (lambda path: path.write_text("<html>"), "cannot be read"),
@@ -243,7 +238,6 @@ BAD_FILES = {
         lambda path: write_file(path, *[episode(0, 1, 15, 3)] * 3),
         "holds 0 transitions",
     ),
-    "more than the memory": (huge, "1,000,000,000 rows need 223.52 GiB of memory, "),
 }
 
 
@@ -256,6 +250,22 @@ def test_bad_file(tmp_path, name):
         load_dataset(config, robot_environment("HopperBulletEnv-v0"))
     assert named in str(error.value) and "data.hdf5: " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_file_larger_than_the_memory(tmp_path, monkeypatch):
+    """Of a billion rows that are never written, and so need no room on the disk."""
+    shapes = {"observations": (15,), "actions": (3,), "rewards": (), "terminals": ()}
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        for key, shape in shapes.items():
+            file.create_dataset(key, (10**9, *shape), np.float32, chunks=(10**5, *shape))
+    memory = psutil.virtual_memory()._replace(available=2 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(InputError) as error:
+        read_dataset("data.hdf5")
+    assert str(error.value) == (
+        "data.hdf5: 1,000,000,000 rows need 223.52 GiB of memory, 2.00 GiB are free;"
+        " take a part of the file"
+    )
 
 
 def test_bad_file_on_the_command_line(monkeypatch, capsys, tmp_path):
@@ -341,10 +351,25 @@ def test_folder_named_wandb(tmp_path, monkeypatch):
         check(Config(wandb_project="p"))
 
 
-def test_wandb_without_a_login(lab, no_pictures, monkeypatch, capsys):
+@pytest.fixture
+def no_login(lab, monkeypatch):
+    """Starts fail, late: Weights & Biases wants to be logged in."""
     monkeypatch.setenv("HOME", str(lab))
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", ".gitignore"])
+def test_failed_start_leaves_a_folder_that_was_there(lab, no_login, monkeypatch, capsys, name):
+    """As that of a project which has such a file of its own."""
+    (lab / "project").mkdir()
+    (lab / "project" / name).write_text("{}")
+    arguments = [*LAB_FLAGS, "--out-dir", ".", "--name", "project", "--wandb-project", "p"]
+    assert run_main(monkeypatch, capsys, arguments)[0] == 2
+    assert (lab / "project" / name).read_text() == "{}"
+
+
+def test_wandb_without_a_login(lab, no_login, monkeypatch, capsys):
     code, _, error = run_main(monkeypatch, capsys, [*LAB_FLAGS, "--wandb-project", "p"])
     assert code == 2 and error.count("\n") == 1
     assert "wandb login, or set WANDB_MODE=offline" in error
@@ -391,7 +416,7 @@ def server(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(ciql_pybullet, "NETWORK_TIMEOUT", 1.0)
     httpd = http.server.ThreadingHTTPServer(("localhost", 0), type("Handler", (Server,), {}))
     httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"https://localhost:{httpd.server_port}/{{key}}/{{dataset}}.hdf5"
     monkeypatch.setattr(ciql_pybullet, "DOWNLOAD_URL", url)
     yield httpd.RequestHandlerClass
@@ -416,13 +441,17 @@ def assert_cache_is_empty(tmp_path):
         (send(b"x" * 5000, length=10**6), "IncompleteRead(5000 bytes read"),
         (stall, "its server cannot be reached"),
         ("untrusted", "its server cannot be reached, SSLError"),
+        ("no folder", "Not a directory"),
     ],
-    ids=["good", "404", "web page", "cut", "stalled", "untrusted certificate"],
+    ids=["good", "404", "web page", "cut", "stalled", "untrusted certificate", "no folder"],
 )
 def test_download(server, monkeypatch, tmp_path, reply, cause):
     """The whole file in the cache, or none; the embedded sample where there is one."""
     if reply == "untrusted":
         monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    if reply == "no folder":
+        (tmp_path / "a_file").write_text("")
+        monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "a_file" / "cache"))
     server.reply = reply if callable(reply) else send(good_file(tmp_path))
     before = time.monotonic()
     path, reason = find_dataset(SAMPLE_ID)
@@ -541,6 +570,7 @@ def test_interrupted_write_leaves_the_file_whole(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------- environments that fail
 FAULTS = """
+import os
 import sys
 
 import gymnasium
@@ -548,90 +578,96 @@ from lab import Lab
 
 
 class Faulty(Lab):
-    # It behaves for as many steps as a file says, and then does what that says.
+    # It behaves for so many steps, and then does the deed. Open, it holds a descriptor.
+    steps = 0
+    deed = ""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.descriptor = os.open(os.devnull, os.O_RDONLY)
+
+    def close(self):
+        os.close(self.descriptor)
 
     def step(self, action):
-        steps, deed = open("fault").read().split()
-        with open("fault", "w") as file:
-            file.write(f"{int(steps) - 1} {deed}")
-        if int(steps) > 0:
+        Faulty.steps -= 1
+        if Faulty.steps >= 0:
             return super().step(action)
-        if deed == "raise":
+        if Faulty.deed == "raise":
             raise ZeroDivisionError("of the simulator")
-        if deed == "exit":
+        if Faulty.deed == "exit":
             sys.exit()
-        if deed == "interrupt":
+        if Faulty.deed == "interrupt":
             raise KeyboardInterrupt
         result = super().step(action)
-        return result[0], float(deed), *result[2:]
+        return result[0], float(Faulty.deed), *result[2:]
 
 
 gymnasium.register("Faulty-v0", Faulty, max_episode_steps=10)
 """
+FAULTY = LAB_SETTINGS | {"env_id": "faults:Faulty-v0"}
+EARLIER = 1 + 2 * 10  # steps at the start and in the first evaluation
 
 
 @pytest.fixture
-def faulty(lab):
+def misbehave(lab):
+    """A function that has the Faulty environment behave for so many steps, then do the deed."""
     (lab / "faults.py").write_text(FAULTS)
-    return lab
+    environment = importlib.import_module("faults").Faulty
 
+    def after(steps, deed):
+        environment.steps = steps
+        environment.deed = deed
 
-FAULTY = LAB_SETTINGS | {"env_id": "faults:Faulty-v0"}
+    return after
 
 
 @pytest.mark.parametrize("deed", ["raise", "exit", "interrupt"])
-def test_environment_that_fails_later(faulty, no_pictures, deed):
-    """The run is saved, with the evaluation due; it ends by an error, and goes on as if whole."""
-    (faulty / "fault").write_text(f"24 {deed}")  # one at the start, 20 and 3 of an evaluation
-    config = Config(**FAULTY, name="run")
+def test_environment_that_fails_later(misbehave, no_pictures, monkeypatch, capsys, deed):
+    """The run is saved, with the evaluation due; it ends by an error, and goes on as if whole.
+
+    By a traceback, so with exit code 1: also where the environment calls sys.exit().
+    """
+    misbehave(EARLIER + 3, deed)
+    arguments = [*LAB_FLAGS, "--env-id", "faults:Faulty-v0", "--name", "run"]
     with pytest.raises(RuntimeError, match="an episode of faults:Faulty-v0, seed"):
-        train(config)
-    assert load_checkpoint("runs/run")["step"] == 40
-    (faulty / "fault").write_text("1000 raise")
-    _, curve = train(config)
-    _, whole = train(dataclasses.replace(config, name="whole"))
+        run_main(monkeypatch, capsys, arguments)
+    checkpoint = load_checkpoint("runs/run")
+    assert checkpoint["step"] == 40
+    assert [row["step"] for row in checkpoint["rows"] if "return_mean" in row] == [20]
+    misbehave(1000, "")
+    _, curve = train(Config(**FAULTY, name="run"))
+    _, whole = train(Config(**FAULTY, name="whole"))
     assert np.array_equal(curve.returns, whole.returns)
 
 
-def test_environment_that_fails_later_ends_the_program(faulty, no_pictures, monkeypatch, capsys):
-    """By sys.exit() as well: never with exit code 0."""
-    (faulty / "fault").write_text("24 exit")
-    arguments = ["--env-id", "faults:Faulty-v0", "--name", "run"]
-    with pytest.raises(RuntimeError, match="SystemExit"):  # a traceback, and exit code 1
-        run_main(monkeypatch, capsys, [*LAB_FLAGS, *arguments])
-    assert load_checkpoint("runs/run")["step"] == 40
-
-
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("reward", ["nan", "inf"])
-def test_rewards_that_are_not_finite(faulty, no_pictures, capsys, reward):
-    """The episode is named, and no mean leaves it out."""
-    (faulty / "fault").write_text(f"32 {reward}")  # in the second evaluation's second episode
-    with np.errstate(invalid="ignore"):
-        _, curve = train(Config(**FAULTY))
+def test_rewards_that_are_not_finite(misbehave, capsys, reward):
+    """The episode is named, no mean leaves it out, and the picture is drawn all the same."""
+    misbehave(EARLIER + 11, reward)  # in the second evaluation's second episode
+    folder, curve = train(Config(**FAULTY))
     out = capsys.readouterr().out
     assert np.isfinite(curve.means[0]) and not np.isfinite(curve.means[1])
+    assert metrics(folder)[-1]["return_mean"] == metrics(folder)[-1]["return_2"] == reward
     assert f"NOTE   episode 2 returned {reward}: faults:Faulty-v0 pays no finite reward" in out
+    assert out.count("NOTE") == 1
     assert f"final  {reward} is the mean of all 2 evaluations" in out
+    assert (folder / "eval_returns.png").exists()
 
 
-def test_evaluations_leak_nothing(faulty):
-    """200 of them in one process, of which some raise: descriptors and memory stay."""
-    (faulty / "fault").write_text("1000000 raise")
+def test_evaluations_leak_nothing(misbehave):
+    """200 of them in one process, of which 20 raise: descriptors and memory stay."""
     config = Config(**FAULTY | {"eval_episodes": 1})
     policy = GaussianPolicy(3, 1, (8,))
-
-    def used():
-        descriptors = len(os.listdir("/proc/self/fd"))
-        return descriptors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
+    process = psutil.Process()
     for step in range(200):
         if step == 20:
-            descriptors, memory = used()
-        if step % 10 == 0:
-            (faulty / "fault").write_text("2 raise")
-            with pytest.raises(RuntimeError):
-                evaluate(policy, config, step)
-            (faulty / "fault").write_text("1000000 raise")
-        evaluate(policy, config, step)
-    assert used()[0] == descriptors
-    assert used()[1] < memory + 20_000  # kilobytes
+            descriptors = process.num_fds()
+            memory = process.memory_info().rss
+        fails_now = step % 10 == 0
+        misbehave(2 if fails_now else 1000, "raise")
+        with pytest.raises(RuntimeError) if fails_now else contextlib.nullcontext():
+            evaluate(policy, config, step)
+    assert process.num_fds() == descriptors
+    assert process.memory_info().rss < memory + 10 * 2**20

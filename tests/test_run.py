@@ -380,7 +380,7 @@ def test_the_same_command_again(lab, no_pictures, monkeypatch, capsys):
     assert [path.name for path in (lab / "runs" / "r").iterdir()] == ["notes.txt"]
     (lab / "runs" / "r" / "notes.txt").unlink()
 
-    (lab / "runs" / "r" / "config.json").write_text("{}")  # killed before its first evaluation
+    (lab / "runs" / "r" / "code-from-step-0").mkdir()  # killed before its first evaluation
     code, out, _ = again("--max-steps", "20")
     assert code == 0 and "run    runs/r, from step 0\n" in out
     code, out, _ = again()

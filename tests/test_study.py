@@ -147,7 +147,7 @@ def test_versions_of_the_script(tmp_path, capsys):
     study.summarize(tmp_path)
     out = capsys.readouterr().out
     low, high = stats.ttest_1samp([4.0, 5.0], 0).confidence_interval()
-    pattern = rf"^IQL +3 +7\.3 \[.*\] +4\.5 \[{low:.1f}, {high:.1f}\]$"
+    pattern = rf"^IQL +3 +7\.3 \[.*\] +4\.5 \[{low:.1f}, {high:.1f}\], 2 seeds$"
     assert re.search(pattern, out, re.MULTILINE)
     assert re.search("^NOTE +these runs are of 2 versions of the script", out, re.MULTILINE)
 
@@ -323,6 +323,19 @@ def test_threads(monkeypatch):
     assert [run.config.threads for run in runs.values()] == [4, 1, 4]
 
 
+def test_sigterm_is_as_ctrl_c(monkeypatch):
+    """A queue sends it when time is up."""
+    monkeypatch.setattr(study.ray, "init", lambda *arguments, **options: None)
+    monkeypatch.setattr(study.os, "environ", dict(os.environ))
+    usual = signal.getsignal(signal.SIGTERM)
+    try:
+        study.start_ray("")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
 def test_each_run_has_its_own_resources(monkeypatch):
     """As Ray is told: threads of the run, a share of a GPU where there is one and it is wanted."""
     told = []
@@ -371,6 +384,7 @@ def test_a_study_grows(lab, no_pictures, monkeypatch, capsys):
     code, out, error = run_main(monkeypatch, capsys, new, study.main)
     assert (code, error) == (0, "") and "study  2 runs, 2 of them to train" in out
     rows = rows_of(lab / "s" / "summary.csv")
+    assert list(rows[0]) == [*study.KEYS, *study.COLUMNS]
     assert [row["state"] for row in rows] == ["complete", "failed", "complete", "complete"]
     assert rows[:2] == [complete, failed]
     assert [row["method"] for row in rows[1:]] == ["CIQL", "cloning", "AveragedPolicy"]
@@ -579,7 +593,7 @@ def workers_of(process):
 
 @pytest.mark.slow
 def test_ctrl_c_and_a_worker_that_is_killed(lab, monkeypatch, capsys):
-    """Ctrl-C to the group while a run waits for a core; then the worker of the resumed run dies.
+    """Ctrl-C to the group while a run waits for a core; then the workers of the resumed study die.
 
     Both go on where they were, and the run is what it is alone, to the bit.
     """
@@ -603,8 +617,8 @@ def test_ctrl_c_and_a_worker_that_is_killed(lab, monkeypatch, capsys):
     monkeypatch.setenv("LAB_PAUSE", "0")
     killed = workers_of(process)
     assert killed
-    for worker in killed:
-        worker.kill()
+    for worker, number in zip(killed, (signal.SIGKILL, signal.SIGTERM), strict=False):
+        worker.send_signal(number)
     out, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (0, ""), out
     assert "2 of them to train" in out and "data-CIQL-alpha1-seed0 is complete" in out
