@@ -69,7 +69,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-if __name__ == "__main__":  # until training starts, Ctrl-C ends the program without a traceback
+# Until training starts, Ctrl-C ends the program without a traceback.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import filelock
@@ -133,17 +134,17 @@ RANGES = {  # intervals: a round bracket leaves its end out
     "tau": ("(", 0, 1, ")"),
     "beta": ("[", 0, math.inf, ")"),
     "alpha": ("[", 0, math.inf, ")"),
-    "num_neg": ("[", 1, math.inf, ")"),
+    "num_neg": ("[", 1, 2**31, ")"),
     "polyak": ("(", 0, 1, "]"),
     "max_weight": ("[", 1, math.inf, ")"),
     "min_log_std": ("[", -20, 0, "]"),
     "lr": ("(", 0, math.inf, ")"),
-    "batch_size": ("[", 1, math.inf, ")"),
+    "batch_size": ("[", 1, 2**31, ")"),
     "max_steps": ("[", 1, math.inf, ")"),
     "log_interval": ("[", 1, math.inf, ")"),
     "eval_interval": ("[", 1, math.inf, ")"),
-    "eval_episodes": ("[", 1, math.inf, ")"),
-    "threads": ("[", 0, math.inf, ")"),
+    "eval_episodes": ("[", 1, 2**20, ")"),
+    "threads": ("[", 0, 1024, "]"),
 }
 # All settings but these change what is learned. Those name a run, and it is noted when a resumed
 # run has others: so a setting of your own needs its line in Config and no more.
@@ -189,7 +190,7 @@ def check(config: Config) -> None:
     if not config.hidden_sizes or min(config.hidden_sizes) < 1:
         raise InputError(f"hidden_sizes is {config.hidden_sizes}, but must be positive numbers")
     plot = Path(config.plot)
-    if plot.suffix not in (".png", ".pdf", ".svg"):
+    if plot.suffix not in (".png", ".pdf", ".svg") or plot.is_dir():
         raise InputError(f"plot is {plot}, but must be a .png, .pdf or .svg file")
     if not os.access(plot.parent, os.W_OK):
         raise InputError(f"plot is {plot}, but the folder {plot.parent} is not there to write in")
@@ -397,6 +398,16 @@ def move_towards(target: nn.Module, latest: nn.Module, share: float) -> None:
         parameter.lerp_(goal, share)
 
 
+@torch.no_grad()
+def copy_into(target: nn.Module, latest: nn.Module) -> None:
+    """Give ``target`` the parameters and buffers of ``latest``."""
+    tensors = itertools.chain(target.parameters(), target.buffers())
+    for tensor, goal in zip(
+        tensors, itertools.chain(latest.parameters(), latest.buffers()), strict=True
+    ):
+        tensor.copy_(goal)
+
+
 class CIQL(nn.Module):
     """Conservative Implicit Q-Learning: the networks, their optimiser, and the gradient step.
 
@@ -506,7 +517,7 @@ class CIQL(nn.Module):
             negative_actions = torch.rand(size, device=self.device) * 2 - 1
         if self.helper:
             # Beside the losses, on a copy of the critic: ``losses`` may do anything with its own.
-            move_towards(self.critic_copy, self.critic, 1.0)
+            copy_into(self.critic_copy, self.critic)
             measured = self.helper.submit(
                 self.measure_gaps, self.critic_copy, batch, negative_actions
             )
@@ -941,8 +952,8 @@ def check_transitions(data: Transitions, env: Any, name: str) -> Transitions:
     if moves and torch.equal(observations, successors):
         raise InputError(f"{name}: next_observations are the observations; shift them by one step")
 
-    low = torch.from_numpy(env.action_space.low)
-    high = torch.from_numpy(env.action_space.high)
+    low = torch.from_numpy(env.action_space.low).float()
+    high = torch.from_numpy(env.action_space.high).float()
     tolerance = 1e-5 * (high - low) / 2
     if ((data.actions < low - tolerance) | (data.actions > high + tolerance)).any():
         largest = data.actions.abs().max()
@@ -1135,6 +1146,8 @@ def check_environment(env_id: str, film: bool = False) -> Any:
                     raise ValueError(f"{space} is no box of one dimension")
             low = env.action_space.low
             high = env.action_space.high
+            if not np.issubdtype(env.action_space.dtype, np.floating):
+                raise ValueError(f"its actions are no real numbers: {env.action_space}")
             if not env.action_space.is_bounded():
                 raise ValueError(f"its action box has no bounds: {env.action_space}")
             if (low >= high).any():
@@ -1323,10 +1336,10 @@ def commit() -> str:
     return answer.stdout.strip()
 
 
-def write_provenance(folder: Path, config: Config, agent: CIQL, checksum: int) -> None:
-    """Write config.json, with an entry of what trains from this step on, and copy the code."""
-    path = folder / "config.json"
-    processes = json.loads(path.read_text())["processes"] if config.resume else []
+def write_provenance(
+    folder: Path, config: Config, agent: CIQL, checksum: int, processes: list[dict[str, Any]]
+) -> None:
+    """Write config.json, add to ``processes`` what trains from this step on, and copy the code."""
     process = {
         "from_step": agent.steps,
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
@@ -1334,18 +1347,19 @@ def write_provenance(folder: Path, config: Config, agent: CIQL, checksum: int) -
         "policy": type(agent.evaluated_policy()).__name__,
         "data_checksum": f"{checksum:08x}",
         "commit": commit(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "processor": processor(),
     }
     code = folder / f"code-from-step-{agent.steps}"
     code.mkdir(exist_ok=True)
-    for module in (sys.modules[__name__], sys.modules[type(agent).__module__]):
+    for module in {sys.modules[__name__], sys.modules[type(agent).__module__]}:
         source = getattr(module, "__file__", None)  # what is typed into Python has none
         if source:
-            shutil.copy(source, code)
-    settings = dataclasses.asdict(config) | {"processes": [*processes, process]}
-    write_whole(path, json.dumps(settings, indent=2).encode())
+            shutil.copyfile(source, code / Path(source).name)
+    processes.append(process)
+    settings = dataclasses.asdict(config) | {"processes": processes}
+    write_whole(folder / "config.json", json.dumps(settings, indent=2).encode())
 
 
 CHECKPOINT_VERSION = 2
@@ -1358,6 +1372,8 @@ def save_checkpoint(
     agent: CIQL,
     rows: Sequence[dict[str, float]],
     sums: Metrics,
+    counts: dict[str, int],
+    processes: list[dict[str, Any]],
 ) -> None:
     """Write checkpoint.pt: all that the steps to come depend on."""
     policy = agent.evaluated_policy()
@@ -1367,6 +1383,8 @@ def save_checkpoint(
         "checksum": checksum,  # of the data
         "rows": rows,  # of metrics.csv
         "sums": sums,  # of the metrics since the last line of losses
+        "counts": counts,  # of the steps that reported each
+        "processes": processes,  # that trained the run
         "step": agent.steps,
         "agent_class": type(agent).__name__,
         "agent": agent.training_state(),
@@ -1650,6 +1668,11 @@ def restore(checkpoint: dict[str, Any], config: Config, checksum: int, agent: CI
         raise InputError(
             f"{config.resume} was trained on other data than {config.dataset}; put those back"
         )
+    if environment_id(config) != environment_id(saved):
+        raise InputError(
+            f"{config.resume} is of {environment_id(saved)}, not of {environment_id(config)}: its"
+            " evaluations would be of both; start another run"
+        )
     if checkpoint["step"] > config.max_steps:
         raise InputError(
             f"max_steps is {config.max_steps}, but {config.resume} is at step {checkpoint['step']};"
@@ -1711,12 +1734,21 @@ METRICS_ORDER = (
 )
 
 
-def log_losses(log: Log, agent: CIQL, sums: Metrics, steps: int, steps_per_second: float) -> None:
-    """Write and print the means of the metrics over ``steps`` steps, and empty ``sums``."""
+def log_losses(
+    log: Log, agent: CIQL, sums: Metrics, counts: dict[str, int], steps_per_second: float
+) -> None:
+    """Write and print the means of the metrics since the last line, and begin anew.
+
+    Raises InputError for a metric with the name of another column.
+    """
+    for name in sums:
+        if name in ("step", "steps_per_second", "score") or name.startswith("return_"):
+            raise InputError(f"a metric is named {name}, as a column of metrics.csv; rename it")
     names = dict.fromkeys([*METRICS_ORDER, *sums])
-    means = {name: (sums[name] / steps).item() for name in names if name in sums}
+    means = {name: (sums[name] / counts[name]).item() for name in names if name in sums}
     log.write({"step": agent.steps, **means, "steps_per_second": steps_per_second})
     sums.clear()
+    counts.clear()
     figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
     say(f"step {agent.steps:>9,}  {figures}  {steps_per_second:.0f} steps/s")
 
@@ -1757,6 +1789,8 @@ def train(
         checkpoint = None
         rows: list[dict[str, float]] = []  # of metrics.csv
         sums: Metrics = {}  # of the metrics since the last line of losses
+        counts: dict[str, int] = {}  # of the steps that reported each
+        processes: list[dict[str, Any]] = []  # that trained the run
         threads = config.threads or min(4, torch.get_num_threads())
         if os.path.exists(folder / "checkpoint.pt"):
             stack.callback(lock_folder(folder).release)
@@ -1766,6 +1800,8 @@ def train(
                 config = continue_run(config, checkpoint["config"])
             threads = config.threads or checkpoint["config"].threads
             rows = checkpoint["rows"]
+            counts = checkpoint["counts"]
+            processes = checkpoint["processes"]
             if checkpoint["step"] == config.max_steps == last_step(rows, "return_mean"):
                 say(
                     f"done   {folder} has all of its {config.max_steps:,} steps: nothing is left;"
@@ -1806,9 +1842,11 @@ def train(
         if not checkpoint:
             is_new = make_folder(folder)
             stack.callback(lock_folder(folder).release)
+            if os.path.exists(folder / "checkpoint.pt"):
+                raise InputError(f"another process trained in {folder} meanwhile; start it again")
             if is_new:
                 stack.callback(remove_if_not_begun, folder, agent)
-        write_provenance(folder, config, agent, checksum)
+        write_provenance(folder, config, agent, checksum, processes)
         log = Log(folder, config, rows)
         stack.callback(log.close)
         say(f"run    {folder}, from step {agent.steps:,}")
@@ -1821,7 +1859,7 @@ def train(
 
         def save() -> None:
             check_finite(agent, sums, prepared)
-            save_checkpoint(folder, config, checksum, agent, rows, sums)
+            save_checkpoint(folder, config, checksum, agent, rows, sums, counts, processes)
 
         # Steps
         bar = tqdm(desc="train", total=config.max_steps, initial=agent.steps, disable=None)
@@ -1837,7 +1875,7 @@ def train(
                 if agent.steps > logged and agent.steps % config.log_interval == 0:
                     check_finite(agent, sums, prepared)
                     speed = (agent.steps - timed) / (time.perf_counter() - since)
-                    log_losses(log, agent, sums, agent.steps - logged, speed)
+                    log_losses(log, agent, sums, counts, speed)
                     logged = timed = agent.steps
                     since = time.perf_counter()
                 if agent.steps > evaluated and (is_last or agent.steps % config.eval_interval == 0):
@@ -1856,19 +1894,23 @@ def train(
                 with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
                     save()
                 if isinstance(error, OSError):
-                    error.add_note(f"mend that, then go on with {how_to_go_on}")
+                    is_saved = (folder / "checkpoint.pt").exists()
+                    remedy = f"go on with {how_to_go_on}" if is_saved else "start it again"
+                    error.add_note(f"mend that, then {remedy}")
                 raise
             if stop or is_last:
                 break
 
             for name, figure in agent.update(prepared).items():  # nothing waits for the device
-                sums[name] = sums.get(name, 0) + figure
+                sums[name] = sums.get(name, 0) + torch.as_tensor(figure).detach()
+                counts[name] = counts.get(name, 0) + 1
             bar.update()
 
         if stop and evaluated < config.max_steps:
-            save()
-            with contextlib.suppress(OSError):  # after a hangup there is no terminal
-                say(f"stopped at step {agent.steps:,}; go on with {how_to_go_on}")
+            if agent.steps > 0:
+                save()
+                with contextlib.suppress(OSError):  # after a hangup there is no terminal
+                    say(f"stopped at step {agent.steps:,}; go on with {how_to_go_on}")
             raise SystemExit(128 + stop[0])
 
     curve = curve_of(rows)
@@ -1934,8 +1976,9 @@ def main() -> None:
     Exit codes: 2 for bad input, or settings too large for the memory; 1 for losses not finite, a
     fault of the machine, or a bug; 128 + n for signal n.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.path.append(os.getcwd())  # where the MODULE of env_id may be
     try:
         config = parse(sys.argv[1:])

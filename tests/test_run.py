@@ -96,7 +96,7 @@ def assert_same_run(one, other):
     """Two run folders hold the same curve, weights, averages and random state, to the bit."""
     assert metrics(one) == metrics(other)
     left, right = (load_checkpoint(folder) for folder in (one, other))
-    for key in ("step", "rows", "sums", "agent", "policy", "random_state"):
+    for key in ("step", "rows", "sums", "counts", "agent", "policy", "random_state"):
         assert_same(left[key], right[key], key)
 
 
@@ -531,6 +531,94 @@ def test_lines_that_cannot_be_printed(lab, no_pictures, monkeypatch):
         train(dataclasses.replace(config, name="hung-up"))
     assert stopped.value.code == 129
     assert load_checkpoint("runs/hung-up")["step"] == 10
+
+
+class Figures(CIQL):
+    """A figure of every second step, one that is a number, and one with a name of its own."""
+
+    def losses(self, batch):
+        loss, figures = super().losses(batch)
+        figures["number"] = 0.5
+        figures["attached"] = self.value(batch.observations).mean()
+        if self.steps % 2:
+            figures["sometimes"] = torch.tensor(7.0)
+        return loss, figures | {NAMES[0]: torch.tensor(1.0)}
+
+
+NAMES = ["mine"]
+
+
+def test_figures_of_all_kinds(lab, no_pictures, monkeypatch):
+    """Each is the mean of the steps that reported it; a column's name is refused."""
+    folder, _ = train(Config(**LAB_SETTINGS), make_agent=Figures)
+    for row in load_checkpoint(folder)["rows"]:
+        if "v" in row:
+            assert (row["number"], row["sometimes"], row["mine"]) == (0.5, 7, 1)
+    for name in ("return_mean", "step", "score"):
+        monkeypatch.setattr(sys.modules[__name__], "NAMES", [name])
+        with pytest.raises(InputError, match=f"a metric is named {name}, as a column"):
+            train(Config(**LAB_SETTINGS), make_agent=Figures)
+
+
+class SpectralCritic(CIQL):
+    """A critic whose layers have buffers that each call moves."""
+
+    def make_critic(self):
+        critic = super().make_critic()
+        for q in critic.q:
+            torch.nn.utils.parametrizations.spectral_norm(q[0])
+        return critic
+
+
+def test_critic_with_buffers_resumes_to_the_same_bits(lab, no_pictures):
+    config = Config(**LAB_SETTINGS, name="whole")
+    train(config, make_agent=SpectralCritic)
+    parts = dataclasses.replace(config, name="parts", max_steps=20)
+    train(parts, make_agent=SpectralCritic)
+    train(dataclasses.replace(parts, max_steps=40), make_agent=SpectralCritic)
+    whole, resumed = (load_checkpoint(f"runs/{name}") for name in ("whole", "parts"))
+    for key in ("rows", "policy", "random_state"):
+        assert_same(whole[key], resumed[key], key)
+
+
+def test_another_environment_is_refused(lab, no_pictures):
+    config = Config(**LAB_SETTINGS, name="run")
+    train(config)
+    (lab / "other.py").write_text(
+        "import gymnasium\nimport lab\ngymnasium.register('O-v0', lab.Lab, max_episode_steps=10)\n"
+    )
+    other = dataclasses.replace(config, env_id="other:O-v0", max_steps=60)
+    with pytest.raises(InputError, match="is of lab:Lab-v0, not of other:O-v0"):
+        train(other)
+
+
+def test_two_starts_under_one_name(lab, no_pictures, monkeypatch):
+    """The second finds a checkpoint that was not there when it looked."""
+    config = Config(**LAB_SETTINGS, name="run")
+    train(config)
+    before = (lab / "runs" / "run" / "checkpoint.pt").read_bytes()
+    exists = os.path.exists
+    looks = iter([False, False])
+    monkeypatch.setattr(os.path, "exists", lambda path: next(looks, None) is None and exists(path))
+    with pytest.raises(InputError, match="another process trained in runs/run meanwhile"):
+        train(config)
+    monkeypatch.setattr(os.path, "exists", exists)
+    assert (lab / "runs" / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_stopped_before_the_first_step(lab, no_pictures, monkeypatch):
+    """Nothing is left behind."""
+    say = ciql_pybullet.say
+
+    def stop(line):
+        say(line)
+        if line.startswith("run "):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ciql_pybullet, "say", stop)
+    with pytest.raises(SystemExit) as stopped:
+        train(Config(**LAB_SETTINGS))
+    assert stopped.value.code == 143 and not list((lab / "runs").iterdir())
 
 
 def test_resumed_run_logs_one_figure_more(lab, no_pictures, monkeypatch):
