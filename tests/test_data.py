@@ -209,6 +209,10 @@ NEITHER = {
         "no known layout",
         "(here 3 of 3 do not)",
     ),
+    "an action at an end row": (
+        lambda path: write_file(path, episode(4, 0), episode(3, 5) | {"actions": np.ones((4, 1))}),
+        "zero actions (here 1 of 2 do not)",
+    ),
     "first rewards": (first_rewards, "no known layout", "begins with reward 0 (here 1 do not)"),
     "longer than the limit": (
         lambda path: write_file(path, episode(4, 0), episode(5, 10)),
@@ -516,20 +520,26 @@ def test_episodes_of_ones_own_transitions():
     shuffled = type(data)(*(column[order] for column in data))
     assert len(dataset_of(shuffled).returns) == 0
     assert dataset_of(in_order((5, False))).returns.tolist() == [5]
+    data.next_observations[3] = data.observations[4]  # it starts anew where it terminated
+    assert dataset_of(data).lengths.tolist() == [4, 3, 5, 6]
     assert dataset_of(in_order((1, True), (1, True), (1, True))).returns.tolist() == [1, 1, 1]
 
 
-def test_training_on_ones_own_transitions(lab, capsys):
-    """It prints and draws what a file's training does."""
+def test_training_on_ones_own_transitions(lab, monkeypatch, capsys):
+    """It prints what a file's training does, and draws the same of the data."""
+    drawn = []
+    monkeypatch.setattr(ciql_pybullet, "draw", lambda *arguments: drawn.append(arguments))
     data = in_order((10, False), (8, True))
     wide = {"observations": data.observations.repeat(1, 3), "actions": data.actions[:, :1]}
     data = data._replace(**wide, next_observations=data.next_observations.repeat(1, 3))
-    titles = []
-    folder, _ = train(Config(**LAB_SETTINGS), data, report=lambda row, folder: titles.append(row))
+    folder, _ = train(Config(**LAB_SETTINGS), data)
     out = capsys.readouterr().out
     assert "data   data: 18 rows, 2 episodes, mean return 9.0 ± 1.0\n" in out
     assert "18 transitions, 1 of them terminations, in transitions from Python\n" in out
     assert folder.name.startswith("own-transitions-")
+    *_, title, dataset, env_id = drawn[-1]
+    assert title.startswith("CIQL on own-transitions\n") and env_id == "lab:Lab-v0"
+    assert dataset.returns.tolist() == [10, 8]
     assert "--resume" not in out and "train in Python, where config.resume is" in out
     with pytest.raises(InputError, match="env_id is not set"):
         train(Config(), data)
@@ -641,6 +651,8 @@ def test_another_action_box_is_played(tmp_path, environments, capsys, no_picture
     parts = [d4rl_episode(3, 10 * n, timeout=1) for n in range(5)]
     path = write_file(tmp_path / "data.hdf5", *parts, actions=actions)
     config = Config(**SMALL | {"dataset": str(path), "env_id": "environments:Paid-v0"})
+    loaded = load_dataset(config, check_environment(config.env_id)).transitions
+    assert loaded.actions[:3].tolist() == [[-1, -1], [1, 1], [0, -1]]
     folder, curve = train(config)
     assert curve.steps.tolist() == [10, 20]
     rows = metrics(folder)

@@ -304,6 +304,8 @@ def test_damaged_checkpoint(lab, no_pictures, monkeypatch, capsys):
     whole = path.read_bytes()
     torch.save({"step": 3}, lab / "old.pt")
     old = (lab / "old.pt").read_bytes()
+    torch.save({"step": Malicious()}, lab / "malicious.pt")
+    malicious = (lab / "malicious.pt").read_bytes()
     entry = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.file_size)
     flipped = bytearray(whole)
     flipped[entry.header_offset + 300] ^= 1  # a number in a tensor
@@ -312,6 +314,7 @@ def test_damaged_checkpoint(lab, no_pictures, monkeypatch, capsys):
         b"",
         b"PK\x03\x04 no zip",
         whole[:-500],
+        malicious,
         pickle.dumps(Malicious(), 2),
         old,
     ):
@@ -524,6 +527,7 @@ def test_full_disk_keeps_the_previous_checkpoint(lab, no_pictures, monkeypatch, 
         code, _, error = run_main(monkeypatch, capsys, [*LAB_FLAGS, "--name", "run"])
     assert code == 1
     assert error.count("\n") == 1 and "File too large" in error
+    assert "mend that, then go on with --resume runs/run" in error
     assert load_checkpoint("runs/run")["step"] == 20
     assert {path.name for path in (lab / "runs/run").glob(".*")} <= {".lock"}
     monkeypatch.setattr(ciql_pybullet, "train", train)
