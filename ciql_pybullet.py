@@ -1993,8 +1993,10 @@ def main() -> None:
         complain(error)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
-        # torch has a class for it on CUDA alone.
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        # torch has a class for it on CUDA alone; a cause is that of an environment.
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        on_cpu = "allocate memory" in str(error) and error.__cause__ is None
+        if not isinstance(error, kinds) and not on_cpu:
             raise
         complain("out of memory; lower batch_size, num_neg or hidden_sizes")
         sys.exit(2)
