@@ -400,7 +400,7 @@ def move_towards(target: nn.Module, latest: nn.Module, share: float) -> None:
 
 @torch.no_grad()
 def copy_into(target: nn.Module, latest: nn.Module) -> None:
-    """Give ``target`` the parameters and buffers of ``latest``."""
+    """Give ``target`` the parameters and buffers of ``latest``, faster than by a state dict."""
     tensors = itertools.chain(target.parameters(), target.buffers())
     for tensor, goal in zip(
         tensors, itertools.chain(latest.parameters(), latest.buffers()), strict=True
@@ -623,9 +623,10 @@ class CIQL(nn.Module):
                 losses(batch)[0].backward()
                 if self.config.alpha > 0:
                     gaps(self.critic, batch, negative_actions).sum().backward()
+                if self.config.alpha > 0 and self.on_cpu:
+                    measured = self.critic_copy if self.helper else self.critic
                     with torch.no_grad():
-                        gaps(self.critic, batch, negative_actions)
-                        gaps(self.critic_copy, batch, negative_actions)
+                        gaps(measured, batch, negative_actions)
         except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
@@ -654,12 +655,12 @@ class CIQL(nn.Module):
         self.load_state_dict(state["networks"])
         for name, part in vars(self).items():
             if isinstance(part, torch.optim.Optimizer):
-                own = [{**group, "params": None} for group in part.param_groups]
+                settings = [dict(group) for group in part.param_groups]
                 part.load_state_dict(state[name])
-                # Rates and such are settings, which may have changed, but for a scheduler's.
-                for group, settings in zip(part.param_groups, own, strict=True):
+                # The rates of now are kept, and other settings, unless a scheduler changes them.
+                for group, own in zip(part.param_groups, settings, strict=True):
                     if "initial_lr" not in group:
-                        group.update(settings | {"params": group["params"]})
+                        group.update(own)
             elif isinstance(part, LRScheduler):
                 part.load_state_dict(state[name])
 
