@@ -20,15 +20,17 @@
 # ///
 """Conservative Implicit Q-Learning (CIQL), trained offline on the PyBullet D4RL data sets.
 
-CIQL is Implicit Q-Learning plus a clamped conservative penalty. With Q̄ = min(Q1, Q2) of the
-target critic:
+CIQL is Implicit Q-Learning (IQL) plus a clamped conservative penalty. From logged transitions
+(s, a, r, s') it learns a value V(s), a critic with two networks Q1(s,a) and Q2(s,a), and a policy
+π(a|s). Q̄ is the smaller Q of the target critic, which follows the critic slowly. ā are num_neg
+actions per state, drawn uniformly from the action box.
 
     V   diff = Q̄(s,a) − V(s)             loss = |τ − 1(diff<0)| · diff²
     Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
     π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
 
-Q1 and Q2 have a loss each, and y does not bootstrap after a true termination. exp(β · adv) has a
-cap, max_weight. ā are num_neg actions per state, drawn uniformly from the action box.
+Q1 and Q2 have a loss each. After a true termination y is r alone. exp(β · adv) is capped at
+max_weight.
 
     python ciql_pybullet.py                       train with the settings below
     python ciql_pybullet.py --alpha 0             any setting is also a flag
@@ -65,7 +67,7 @@ import typing
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -127,7 +129,7 @@ class Config:
     evaluate: str = ""  # train nothing: play the policy of this run folder for eval_episodes
 
 
-RANGES = {  # intervals: a round bracket leaves its end out
+RANGES = {  # intervals as in mathematics: a round bracket leaves its end out
     "max_episode_steps": ("[", 0, math.inf, ")"),
     "seed": ("[", 0, 2**32, ")"),
     "gamma": ("[", 0, 1, "]"),
@@ -146,8 +148,8 @@ RANGES = {  # intervals: a round bracket leaves its end out
     "eval_episodes": ("[", 1, 2**20, ")"),
     "threads": ("[", 0, 1024, "]"),
 }
-# All settings but these change what is learned. Those name a run, and it is noted when a resumed
-# run has others: so a setting of your own needs its line in Config and no more.
+# No gradient step depends on these, given the data. All other settings name a run, and a NOTE lists
+# them when a resumed run changes them: a setting of your own needs its line in Config and no more.
 NEUTRAL_SETTINGS = {
     "dataset",
     "env_id",
@@ -189,19 +191,21 @@ def check(config: Config) -> None:
             raise InputError(f"{name} is {value}, but must be in {start}{low}, {high}{end}")
     if not config.hidden_sizes or min(config.hidden_sizes) < 1:
         raise InputError(f"hidden_sizes is {config.hidden_sizes}, but must be positive numbers")
+    if config.resume and config.evaluate:
+        raise InputError("resume and evaluate are both set; give one of the two")
+    if Path(config.name).name != config.name or config.name == "..":
+        raise InputError(f"name is {config.name}, but must be one folder's name; see --out-dir")
+    if config.name and (config.resume or config.evaluate):
+        raise InputError(
+            f"name is {config.name}, but a run that is there has its own; leave it out"
+        )
+    if config.evaluate:  # without a picture, and without W&B
+        return
     plot = Path(config.plot)
     if plot.suffix not in (".png", ".pdf", ".svg") or plot.is_dir():
         raise InputError(f"plot is {plot}, but must be a .png, .pdf or .svg file")
     if not os.access(plot.parent, os.W_OK):
         raise InputError(f"plot is {plot}, but the folder {plot.parent} is not there to write in")
-    if Path(config.name).name != config.name or config.name == "..":
-        raise InputError(f"name is {config.name}, but must be one folder's name; see --out-dir")
-    if config.resume and config.evaluate:
-        raise InputError("resume and evaluate are both set; give one of the two")
-    if config.name and (config.resume or config.evaluate):
-        raise InputError(
-            f"name is {config.name}, but a run that is there has its own; leave it out"
-        )
     if config.wandb_project:
         spec = importlib.util.find_spec("wandb")
         if spec is None or spec.origin is None:  # a folder of that name has no origin
@@ -209,7 +213,7 @@ def check(config: Config) -> None:
 
 
 def differences(config: Config, other: Config) -> dict[str, Any]:
-    """The settings of ``config`` that change what is learned and are not those of ``other``."""
+    """The settings of ``config`` that differ from those of ``other`` and change what is learned."""
     return {
         name: value
         for name, value in vars(config).items()
@@ -218,7 +222,7 @@ def differences(config: Config, other: Config) -> dict[str, Any]:
 
 
 def varied_words(config: Config) -> list[str]:
-    """What is not the default, and the seed, as words: alpha0, no-clamp_advantage, seed3."""
+    """What differs from the defaults, and the seed, as words: alpha0, no-clamp_advantage, seed3."""
     varied = differences(config, Config())
     varied.pop("seed", None)
     words = []
@@ -235,7 +239,7 @@ def varied_words(config: Config) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- output
-say = tqdm.write  # a line of the log on stdout, above a progress bar if there is one
+say = tqdm.write  # prints a line of the log on stdout, above the progress bar if there is one
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -272,14 +276,14 @@ class ValueNetwork(nn.Module):
 
 
 class QNetworks(nn.Module):
-    """Q1(s, a), Q2(s, a), ...: (B, observation_dim), (B, action_dim) -> (number, B), a row each."""
+    """Q1(s, a), Q2(s, a), ...: (B, observation_dim), (B, action_dim) -> (num_q, B)."""
 
     def __init__(
-        self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int], number: int = 2
+        self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int], num_q: int = 2
     ) -> None:
         super().__init__()
         self.q = nn.ModuleList(
-            mlp(observation_dim + action_dim, *hidden_sizes, 1) for _ in range(number)
+            mlp(observation_dim + action_dim, *hidden_sizes, 1) for _ in range(num_q)
         )
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -348,7 +352,10 @@ def expectile_loss(diff: Tensor, tau: float) -> Tensor:
 
 
 def conservative_gap(q_neg: Tensor, q_data: Tensor) -> Tensor:
-    """E_ā Q(s,ā) − E_a Q(s,a): (2, B · num_neg), (2, B) -> (2,), of each Q. CQL, equation 2."""
+    """E_ā Q(s,ā) − E_a Q(s,a) of each Q: (num_q, B · num_neg), (num_q, B) -> (num_q,).
+
+    CQL, equation 2.
+    """
     return q_neg.mean(-1) - q_data.mean(-1)
 
 
@@ -366,7 +373,7 @@ def awr_weights(
 
 # -------------------------------------------------------------------------------------------- agent
 class Transitions(NamedTuple):
-    """N transitions, float32; those that a caller gives to ``train`` are on the CPU."""
+    """N transitions, float32."""
 
     observations: Tensor  # (N, observation_dim)
     actions: Tensor  # (N, action_dim), in [-1, 1]
@@ -375,7 +382,7 @@ class Transitions(NamedTuple):
     terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or was cut
 
 
-Metrics = dict[str, Tensor]  # what a step reports by name, each ()
+Metrics = dict[str, Tensor]  # figures of a step by name, each ()
 
 
 def find_device(name: str) -> torch.device:
@@ -412,8 +419,8 @@ class CIQL(nn.Module):
     """Conservative Implicit Q-Learning: the networks, their optimiser, and the gradient step.
 
     An idea that is no setting is a subclass, given to ``train`` as ``make_agent``. A network that
-    it replaces or adds goes to ``make_optimizer``. As of any module, parameters and buffers are
-    saved with a run, and so are optimisers and learning rate schedulers that are attributes.
+    it replaces or adds goes to ``make_optimizer``. A run saves the agent's parameters and buffers,
+    and the state of each attribute that is an optimiser or a learning rate scheduler.
     """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
@@ -430,14 +437,14 @@ class CIQL(nn.Module):
         self.to(self.device)
         self.make_optimizer(self.policy, self.value, self.critic)
         self.steps = 0  # gradient steps taken
-        self.helper: concurrent.futures.Executor | None = None  # see ``start_helper``
+        self.meter: GapMeter | None = None  # ``prepare`` makes one on the CPU
 
     def make_critic(self) -> nn.Module:
-        """The critic, of which the target is a copy; it has any number of Q."""
+        """The critic; its target is a copy. It has any number of Q."""
         return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
 
     def make_optimizer(self, policy: nn.Module, *others: nn.Module) -> None:
-        """Adam; the policy is a group of its own, as ``policy_lr_decay`` lowers its rate."""
+        """Adam. The policy is a group of its own, as ``policy_lr_decay`` lowers its rate alone."""
         rest = [parameter for network in others for parameter in network.parameters()]
         groups: list[dict[str, Any]] = [{"params": policy.parameters()}, {"params": rest}]
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
@@ -446,17 +453,17 @@ class CIQL(nn.Module):
 
     @torch.no_grad()
     def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
-        """Q̄(s,a), the target of V, and y = r + γ V(s'), that of Q: (B,) each."""
+        """Q̄(s,a), the target of V, and y = r + γ V(s'), the target of Q: (B,) each."""
         q_bar = self.target_critic(batch.observations, batch.actions).amin(0)
         v_next = self.value(batch.next_observations)
         y = batch.rewards + self.config.gamma * (1 - batch.terminations) * v_next
         return q_bar, y
 
     def losses(self, batch: Transitions) -> tuple[Tensor, Metrics]:
-        """The sum of the losses but for the penalty (), and figures () for the log.
+        """The sum of the three losses without the penalty, (), and figures for the log.
 
-        No loss reaches another's network: the targets have no gradient, and the advantage is
-        detached. So one backward pass of the sum serves all three.
+        No loss reaches another's network, as the targets and the advantage have no gradient. So one
+        backward pass of the sum serves all three. The batch must stay as it is.
         """
         c = self.config
         s = batch.observations
@@ -468,7 +475,7 @@ class CIQL(nn.Module):
         value_loss = expectile_loss(q_bar - v, c.tau)
 
         # Q: one step of bootstrap from V
-        q = self.critic(s, a)  # (2, B), a row per Q
+        q = self.critic(s, a)  # (num_q, B)
         q_loss = ((q - y) ** 2).mean(-1).sum()
 
         # π: cloning of the data's actions, weighted by their advantage
@@ -489,7 +496,7 @@ class CIQL(nn.Module):
         return loss, {name: figure.detach() for name, figure in metrics.items()}
 
     def gaps(self, critic: nn.Module, batch: Transitions, negative_actions: Tensor) -> Tensor:
-        """``conservative_gap`` of each Q of ``critic`` (2,); the penalty is the ReLU of each.
+        """The ``conservative_gap`` of each Q of ``critic``, (num_q,); its ReLU is the penalty.
 
         ``negative_actions`` are (B, num_neg, action_dim).
         """
@@ -497,13 +504,6 @@ class CIQL(nn.Module):
         q_neg = critic(s_neg, negative_actions.flatten(0, 1))
         q_data = critic(batch.observations, batch.actions)
         return conservative_gap(q_neg, q_data)
-
-    @torch.no_grad()
-    def measure_gaps(
-        self, critic: nn.Module, batch: Transitions, negative_actions: Tensor
-    ) -> Tensor:
-        """The ``gaps`` without gradient, which is a third of the work."""
-        return self.gaps(critic, batch, negative_actions)
 
     def update(self, data: Transitions) -> Metrics:
         """One gradient step on a batch drawn from ``data``, which ``prepare`` made."""
@@ -515,33 +515,20 @@ class CIQL(nn.Module):
         if c.alpha > 0:
             size = (c.batch_size, c.num_neg, self.action_dim)
             negative_actions = torch.rand(size, device=self.device) * 2 - 1
-        if self.helper:
-            # Beside the losses, on a copy of the critic: ``losses`` may do anything with its own.
-            copy_into(self.critic_copy, self.critic)
-            measured = self.helper.submit(
-                self.measure_gaps, self.critic_copy, batch, negative_actions
-            )
+            if self.meter:
+                self.meter.start(batch, negative_actions)
 
         self.optimizer.zero_grad()
         loss, metrics = self.losses(batch)
         loss.backward()
         if c.alpha > 0:
-            # ReLU has no gradient below 0, where the gaps nearly always are: on the CPU they are
-            # measured first, without one. On CUDA the host would have to wait to know.
-            gaps = None
-            if self.helper:
-                gaps = measured.result()
-            elif self.on_cpu:
-                gaps = self.measure_gaps(self.critic, batch, negative_actions)
-            if gaps is None or gaps.max() > 0:
-                gaps = self.gaps(self.critic, batch, negative_actions)
-                (c.alpha * torch.relu(gaps).sum()).backward()
-            gaps = gaps.detach()
-            metrics["penalty"] = torch.relu(gaps).sum()
-            metrics["q_loss"] = metrics["q_loss"] + c.alpha * metrics["penalty"]
+            gaps = self.backward_of_penalty(batch, negative_actions)
+            penalty = torch.relu(gaps).sum()
+            metrics["penalty"] = penalty
+            metrics["q_loss"] = metrics["q_loss"] + c.alpha * penalty
             for number, gap in enumerate(gaps, start=1):
                 metrics[f"gap{number}"] = gap
-            metrics["clamp_open"] = (gaps.max() > 0).float()  # that of any Q
+            metrics["clamp_open"] = (penalty > 0).float()  # the mean over steps is their share
 
         if c.policy_lr_decay:
             remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
@@ -551,6 +538,20 @@ class CIQL(nn.Module):
         move_towards(self.target_critic, self.critic, c.polyak)
         self.steps += 1
         return metrics
+
+    def backward_of_penalty(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
+        """Add the gradient of the penalty to that of the losses; returns the gaps, (num_q,).
+
+        ReLU has no gradient below 0, where the gaps nearly always are. So on the CPU they are first
+        measured without one, a third of the work. On CUDA the host would have to wait to know.
+        """
+        if self.meter:
+            gaps = self.meter.result()
+            if gaps.max() <= 0:
+                return gaps
+        gaps = self.gaps(self.critic, batch, negative_actions)
+        (self.config.alpha * torch.relu(gaps).sum()).backward()
+        return gaps.detach()
 
     def evaluated_policy(self) -> nn.Module:
         """The policy that evaluations play and ``load_policy`` loads."""
@@ -566,7 +567,8 @@ class CIQL(nn.Module):
             observations=(data.observations - mean) / std,
             next_observations=(data.next_observations - mean) / std,
         )
-        self.critic_copy = copy.deepcopy(self.critic).requires_grad_(False)
+        if self.on_cpu:
+            self.meter = GapMeter(self)
         return Transitions(*(column.to(self.device) for column in normalised))
 
     def check_optimizers(self) -> None:
@@ -591,22 +593,8 @@ class CIQL(nn.Module):
         batch = Transitions(*(column[[0] * c.batch_size] for column in data))
         return batch, batch.actions.new_zeros(c.batch_size, c.num_neg, self.action_dim)
 
-    def start_helper(self, data: Transitions) -> None:
-        """Have the gaps measured in a thread beside the losses, if there is a core for it.
-
-        Not if ``gaps`` draws random numbers, as which thread draws first would be left to chance.
-        """
-        before = torch.get_rng_state()
-        self.measure_gaps(self.critic_copy, *self.example(data))
-        draws = not torch.equal(torch.get_rng_state(), before)
-        torch.set_rng_state(before)
-        if not draws:
-            self.helper = concurrent.futures.ThreadPoolExecutor(
-                1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
-            )
-
     def compile_losses(self, data: Transitions) -> None:
-        """Have ``losses`` and ``gaps`` compiled for ``data``, or say why they stay as they are.
+        """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
 
         The example that they are compiled with leaves no trace in networks and random state.
         """
@@ -623,10 +611,9 @@ class CIQL(nn.Module):
                 losses(batch)[0].backward()
                 if self.config.alpha > 0:
                     gaps(self.critic, batch, negative_actions).sum().backward()
-                if self.config.alpha > 0 and self.on_cpu:
-                    measured = self.critic_copy if self.helper else self.critic
+                if self.config.alpha > 0 and self.meter:
                     with torch.no_grad():
-                        gaps(measured, batch, negative_actions)
+                        gaps(self.meter.critic, batch, negative_actions)
         except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
@@ -638,11 +625,7 @@ class CIQL(nn.Module):
         self.gaps = gaps  # type: ignore[method-assign]
 
     def training_state(self) -> dict[str, Any]:
-        """All that the next step depends on, but for data and random state.
-
-        The count of steps, parameters and buffers, and the state of each attribute that is an
-        optimiser or a learning rate scheduler.
-        """
+        """What the next step depends on, besides the data and the random state."""
         state = {"steps": self.steps, "networks": self.state_dict()}
         for name, part in vars(self).items():
             if isinstance(part, (torch.optim.Optimizer, LRScheduler)):
@@ -650,14 +633,17 @@ class CIQL(nn.Module):
         return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Raises KeyError, RuntimeError or ValueError for a state that is not of such an agent."""
+        """Go on from a ``training_state``.
+
+        Raises KeyError, RuntimeError or ValueError for that of another kind of agent.
+        """
         self.steps = state["steps"]
         self.load_state_dict(state["networks"])
         for name, part in vars(self).items():
             if isinstance(part, torch.optim.Optimizer):
                 settings = [dict(group) for group in part.param_groups]
                 part.load_state_dict(state[name])
-                # The rates of now are kept, and other settings, unless a scheduler changes them.
+                # Its rates and other settings stay those of now, unless a scheduler changes them.
                 for group, own in zip(part.param_groups, settings, strict=True):
                     if "initial_lr" not in group:
                         group.update(own)
@@ -665,9 +651,60 @@ class CIQL(nn.Module):
                 part.load_state_dict(state[name])
 
 
+class GapMeter:
+    """Measures the gaps of a CIQL on the CPU without gradient, to know whether the clamp is open.
+
+    It has a copy of the critic, as ``losses`` may do anything with the agent's own.
+    """
+
+    def __init__(self, agent: CIQL) -> None:
+        self.agent = agent
+        self.critic = copy.deepcopy(agent.critic).requires_grad_(False)
+        self.helper: concurrent.futures.Executor | None = None
+
+    @torch.no_grad()
+    def measure(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
+        """The gaps of the copy, (num_q,)."""
+        return self.agent.gaps(self.critic, batch, negative_actions)
+
+    def start(self, batch: Transitions, negative_actions: Tensor) -> None:
+        """Measure the gaps of the agent's critic as it is now; in the helper, if there is one."""
+        copy_into(self.critic, self.agent.critic)
+        if self.helper:
+            self.pending = self.helper.submit(self.measure, batch, negative_actions)
+        else:
+            self.gaps = self.measure(batch, negative_actions)
+
+    def result(self) -> Tensor:
+        """The gaps that were measured last."""
+        return self.pending.result() if self.helper else self.gaps
+
+    def start_helper(self, data: Transitions) -> None:
+        """From now on measure in a thread of its own, beside the losses: half of the cores each.
+
+        Not if ``gaps`` draws random numbers: which thread drew first would be left to chance.
+        """
+        before = torch.get_rng_state()
+        self.measure(*self.agent.example(data))
+        draws = not torch.equal(torch.get_rng_state(), before)
+        torch.set_rng_state(before)
+        if not draws:
+            threads = max(1, torch.get_num_threads() // 2)
+            torch.set_num_threads(threads)
+            self.helper = concurrent.futures.ThreadPoolExecutor(
+                1, initializer=torch.set_num_threads, initargs=(threads,)
+            )
+
+    def stop_helper(self) -> None:
+        """Measure in the caller's thread again."""
+        if self.helper:
+            self.helper.shutdown()
+            self.helper = None
+
+
 # --------------------------------------------------------------------------------------------- data
 class Robot(NamedTuple):
-    """One of the simulator's, and the returns that make D4RL's normalised score."""
+    """A robot of the simulator, with the returns that define D4RL's normalised score."""
 
     observation_dim: int
     action_dim: int
@@ -680,8 +717,8 @@ class Robot(NamedTuple):
         return 100 * (episode_return - self.random_return) / span
 
 
-# Random: published means, but for Ant, whose dynamics have changed: measured. Expert: the agents of
-# stable-baselines3, d4rl-pybullet issue 2.
+# Random: the published means; Ant's was measured, as its dynamics have changed since. Expert: the
+# agents of stable-baselines3, d4rl-pybullet issue 2.
 ROBOTS = {
     "HalfCheetahBulletEnv-v0": Robot(26, 6, random_return=-1304.0, expert_return=3000.0),
     "HopperBulletEnv-v0": Robot(15, 3, random_return=18.6, expert_return=2500.0),
@@ -711,13 +748,14 @@ SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected, they stand i
 class Dataset(NamedTuple):
     """Logged episodes, as they were read."""
 
+    name: str  # the file, or "data" of the caller's own
     transitions: Transitions
-    lengths: np.ndarray  # (E,), steps of the whole episodes
+    lengths: np.ndarray  # (E,), steps of each whole episode
     returns: np.ndarray  # (E,), undiscounted
-    terminated: np.ndarray  # (E,), bool: did they truly end?
-    rows: int
+    terminated: np.ndarray  # (E,), bool: did it truly end?
+    rows: int  # of the file
     layout: str
-    source: str  # how a file was re-collected, or ""
+    source: str  # how it was re-collected, if it was, or ""
 
 
 Columns = dict[str, np.ndarray]  # of a file, float32, by their keys
@@ -735,7 +773,7 @@ def read_columns(path: Path) -> tuple[Columns, str]:
     try:
         with h5py.File(path) as file:
             keys = [*DIMENSIONS, *(key for key in OPTIONAL_DIMENSIONS if key in file)]
-            # As they are read, as transitions, and as these normalised, all float32.
+            # The memory holds them three times: as read, as transitions, and normalised.
             needed = 3 * 4 * sum(file[key].size for key in keys)
             free = psutil.virtual_memory().available
             if needed > free:
@@ -780,8 +818,37 @@ def read_columns(path: Path) -> tuple[Columns, str]:
     return columns, source
 
 
+def transitions_of(columns: Columns) -> Transitions:
+    """The transitions in the columns of a file in D4RL's layout (Fu et al., 2020).
+
+    Row i holds (observation_i, action_i, reward_i, terminal_i, timeout_i) of ONE step. Terminal
+    marks true terminations alone, timeout the last step of an episode that was cut. Without
+    ``next_observations`` the successor is the next row's observation. Then a step at a cut has
+    none, nor has the last row of the file: these start no transition. A true termination needs
+    none; its own observation fills the place.
+    """
+    observations = columns["observations"]
+    terminated = columns["terminals"] == 1
+    if "next_observations" in columns:
+        successors = columns["next_observations"]
+        is_start = np.ones(len(observations), bool)
+    else:
+        successors = np.concatenate([observations[1:], observations[-1:]])
+        successors[terminated] = observations[terminated]
+        is_start = columns["timeouts"] == 0
+        is_start[-1:] = False
+        is_start |= terminated
+    return Transitions(
+        observations=torch.from_numpy(observations[is_start]),
+        actions=torch.from_numpy(columns["actions"][is_start]),
+        rewards=torch.from_numpy(columns["rewards"][is_start]),
+        next_observations=torch.from_numpy(successors[is_start]),
+        terminations=torch.from_numpy(columns["terminals"][is_start]),
+    )
+
+
 def as_d4rl(path: Path, columns: Columns, max_episode_steps: int) -> Columns:
-    """The columns of a file in d4rl-pybullet's layout, put into D4RL's.
+    """The columns of a file in d4rl-pybullet's layout, as D4RL's layout has them.
 
     Row i holds (observation_i, action_i, r, d) where r and d arrived WITH observation_i, from the
     step before. So the transition that starts in row i takes its reward and its end from row i + 1.
@@ -821,35 +888,6 @@ def as_d4rl(path: Path, columns: Columns, max_episode_steps: int) -> Columns:
     }
 
 
-def transitions_of(columns: Columns) -> Transitions:
-    """The transitions in the columns of a file in D4RL's layout (Fu et al., 2020).
-
-    Row i holds (observation_i, action_i, reward_i, terminal_i, timeout_i) of ONE step. Terminal
-    marks true terminations alone, timeout the last step of an episode that was cut. Without
-    ``next_observations`` the successor is the next row's observation. A step that was cut then has
-    none, nor has the last row of the file: these start no transition. A true termination needs
-    none; its own observation fills the place.
-    """
-    observations = columns["observations"]
-    terminated = columns["terminals"] == 1
-    if "next_observations" in columns:
-        successors = columns["next_observations"]
-        is_start = np.ones(len(observations), bool)
-    else:
-        successors = np.concatenate([observations[1:], observations[-1:]])
-        successors[terminated] = observations[terminated]
-        is_start = columns["timeouts"] == 0
-        is_start[-1:] = False
-        is_start |= terminated
-    return Transitions(
-        observations=torch.from_numpy(observations[is_start]),
-        actions=torch.from_numpy(columns["actions"][is_start]),
-        rewards=torch.from_numpy(columns["rewards"][is_start]),
-        next_observations=torch.from_numpy(successors[is_start]),
-        terminations=torch.from_numpy(columns["terminals"][is_start]),
-    )
-
-
 def returns_of(rewards: np.ndarray, is_end: np.ndarray) -> np.ndarray:
     """Undiscounted returns (E,) of the episodes that end where ``is_end`` (N,): rewards (N,)."""
     with np.errstate(invalid="ignore"):  # infinite rewards are refused later
@@ -858,7 +896,7 @@ def returns_of(rewards: np.ndarray, is_end: np.ndarray) -> np.ndarray:
 
 
 def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
-    """Read an HDF5 file of logged episodes, in D4RL's layout or in that of d4rl-pybullet.
+    """Read an HDF5 file of logged episodes, in D4RL's or d4rl-pybullet's layout.
 
     ``max_episode_steps`` is the time limit of the recording. Raises InputError if the file cannot
     be read, or is in neither layout.
@@ -875,7 +913,7 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
 
     is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
     first = np.insert(np.flatnonzero(is_end) + 1, 0, 0)
-    lengths = np.diff(first, append=len(is_end))  # the last one is of an episode that the file cuts
+    lengths = np.diff(first, append=len(is_end))  # the last episode is the one that the file cuts
     longest = lengths.argmax()
     if lengths[longest] > max_episode_steps:
         raise InputError(
@@ -884,6 +922,7 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
             " set --max-episode-steps to that of the recording, or mark cuts in 'timeouts'"
         )
     return Dataset(
+        name=str(path),
         transitions=transitions_of(columns),
         lengths=lengths[:-1],
         returns=returns_of(columns["rewards"], is_end),
@@ -895,10 +934,10 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
 
 
 def dataset_of(data: Transitions) -> Dataset:
-    """Transitions of the caller's own, with their episodes where ends can be told.
+    """Transitions of the caller's own, with the episodes that can be recognised.
 
     An episode ends where it terminates, where the next row does not begin with its successor, and
-    with the last row. Rows in no order tell none.
+    with the last row. In shuffled rows no episode is recognised.
     """
     terminated = data.terminations.numpy() == 1
     follows = (data.next_observations[:-1] == data.observations[1:]).all(1).numpy()
@@ -906,6 +945,7 @@ def dataset_of(data: Transitions) -> Dataset:
     if is_end.sum() > max(terminated.sum() + 1, len(is_end) / 2):
         is_end[:] = False
     return Dataset(
+        name="data",
         transitions=data,
         lengths=np.diff(np.flatnonzero(is_end), prepend=-1),
         returns=returns_of(data.rewards.numpy(), is_end),
@@ -924,7 +964,7 @@ def fitting_robot(observations: Any, actions: Any) -> str:
 
 
 def check_transitions(data: Transitions, env: Any, name: str) -> Transitions:
-    """``data`` with actions in [-1, 1]. Raises InputError, with ``name``, if they do not fit."""
+    """``data`` with actions in [-1, 1]. Raises InputError, with ``name``, if it does not fit."""
     n = len(data.rewards)
     expected = {
         "observations": (n, *env.observation_space.shape),
@@ -985,38 +1025,39 @@ def download(url: str, path: Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         pooch.retrieve(url, None, part.name, path.parent, downloader=downloader)
-        read_dataset(part)  # what came may be a page that tells of an error
+        read_dataset(part)  # it may be a web page about an error
         os.replace(part, path)
-    except (requests.ConnectionError, requests.Timeout) as error:  # their text is all addresses
+    except (requests.ConnectionError, requests.Timeout) as error:  # their text is mostly addresses
         raise OSError(f"its server cannot be reached, {type(error).__name__}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def find_dataset(dataset: str) -> tuple[Path, str]:
-    """The file of ``dataset``, and why it is an embedded sample (or "").
+def find_dataset(dataset: str) -> Path:
+    """The file of ``dataset``. A NOTE says why it is an embedded sample, if it is.
 
     A path is taken as it is; an id comes from the cache, the network, or the samples. Raises
     InputError if an id has no file.
     """
     if dataset not in DATASETS:
-        return Path(dataset), ""
+        return Path(dataset)
     try:
         folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     except RuntimeError as error:
         raise InputError(f"{dataset} has no folder ({error}); set D4RL_DATASET_DIR") from error
     cached = folder / f"{dataset}.hdf5"
     if os.path.exists(cached):
-        return cached, ""
+        return cached
     url = DOWNLOAD_URL.format(key=DATASETS[dataset][1], dataset=dataset)
     try:
         download(url, cached)
-        return cached, ""
+        return cached
     except (OSError, InputError) as error:
         reason = f"{dataset} could not be downloaded ({error}); to have it, put {url} at {cached}"
         sample = SAMPLES / dataset.replace("-v0", "-sample.hdf5")
         if sample.exists():
-            return sample, reason
+            say(f"NOTE   {reason}")
+            return sample
         raise InputError(
             f"{reason}, or re-collect it: python data/make_bullet_dataset.py --id {dataset}"
         ) from error
@@ -1044,15 +1085,12 @@ def note_ends(dataset: Dataset, env_id: str, limit: int) -> None:
 def load_dataset(config: Config, env: Any, data: Transitions | None = None) -> Dataset:
     """Find, read, check and print the data set, or ``data`` of the caller's. Raises InputError."""
     limit = config.max_episode_steps or env.spec.max_episode_steps
-    name = "data"
-    reason = ""
     if data is None:
-        path, reason = find_dataset(config.dataset)
-        name = str(path)
-        dataset = read_dataset(path, limit)
-        checked = check_transitions(dataset.transitions, env, name)
+        dataset = read_dataset(find_dataset(config.dataset), limit)
+        checked = check_transitions(dataset.transitions, env, dataset.name)
     else:
-        checked = check_transitions(data, env, name)
+        data = Transitions(*(torch.as_tensor(column).detach().cpu() for column in data))
+        checked = check_transitions(data, env, "data")
         dataset = dataset_of(data)
     dataset = dataset._replace(transitions=checked)
 
@@ -1061,15 +1099,14 @@ def load_dataset(config: Config, env: Any, data: Transitions | None = None) -> D
         mean = dataset.returns.mean()
         std = dataset.returns.std()
         episodes = f"{len(dataset.returns):,} episodes, mean return {mean:.1f} ± {std:.1f}"
-    say(f"data   {name}: {dataset.rows:,} rows, {episodes}")
+    say(f"data   {dataset.name}: {dataset.rows:,} rows, {episodes}")
     terminations = int(checked.terminations.sum())
     say(
         f"       {len(checked.rewards):,} transitions, {terminations:,} of them terminations,"
         f" in {dataset.layout}"
     )
     if config.dataset in DATASETS and dataset.source:
-        note = f"this is not the published {config.dataset}, but {dataset.source}"
-        say(f"NOTE   {note}{reason and '. '}{reason}")
+        say(f"NOTE   this is not the published {config.dataset}, but {dataset.source}")
     note_ends(dataset, environment_id(config), limit)
     return dataset
 
@@ -1093,7 +1130,7 @@ def environment_id(config: Config) -> str:
 # --------------------------------------------------------------------------------------- evaluation
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which no output is shown: pybullet prints, from C, whenever it is started."""
+    """Context in which no output is shown: pybullet prints, from C, whenever it starts."""
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     streams = {number: os.dup(number) for number in (1, 2)}
@@ -1112,7 +1149,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment(env_id: str, film: bool = False) -> Iterator[Any]:
-    """Context with the environment, started; one that is not closed costs 6 MB."""
+    """Context with an environment, ready to be reset. It is closed: one left open costs 6 MB."""
     with quiet():
         import gymnasium
         import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
@@ -1134,7 +1171,7 @@ def picture(env: Any) -> Any:
 
 
 def check_environment(env_id: str, film: bool = False) -> Any:
-    """The environment, tried in one step and closed: its spaces and its spec can be asked.
+    """The environment, tried in one step and closed: its spaces and its spec can still be read.
 
     Raises InputError if CIQL cannot act in it.
     """
@@ -1173,10 +1210,11 @@ def check_environment(env_id: str, film: bool = False) -> Any:
 def play_episode(
     policy: Any, env_id: str, seed: int, stop: Sequence[int] = (), frames: list[Any] | None = None
 ) -> float:
-    """Undiscounted return of an episode, a function of policy and seed alone; until a ``stop``.
+    """The undiscounted return of an episode, a function of policy and seed alone.
 
-    ``frames`` is given pictures of the first ten seconds. Raises RuntimeError for whatever the
-    environment raises, as by sys.exit() it would end a run that is not complete.
+    A ``stop`` ends it early. ``frames`` receives pictures of the first ten seconds. Raises
+    RuntimeError for whatever the environment raises, SystemExit included: that would end a run as
+    if it were complete.
     """
     import gymnasium
 
@@ -1205,8 +1243,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Play ``policy``, as it is after ``step``; prints a line, returns a row of metrics.csv.
 
-    The episodes are new at each step, and the same in every run of a seed. A ``stop`` ends them at
-    once: the row is empty then.
+    Each step has episodes of its own, which are the same in every run of a seed. A ``stop`` ends
+    them at once; the row is empty then.
     """
     env_id = environment_id(config)
     actor = copy.deepcopy(policy).cpu().eval()
@@ -1270,6 +1308,34 @@ def start_wandb(folder: Path, config: Config) -> Any:
     return run
 
 
+@dataclass
+class History:
+    """What a run has reported so far; its checkpoint keeps it."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.csv
+    sums: Metrics = field(default_factory=dict)  # of the metrics since the last line of losses
+    counts: dict[str, int] = field(default_factory=dict)  # of the steps that reported each
+    processes: list[dict[str, Any]] = field(default_factory=list)  # that trained the run
+
+    def add(self, metrics: Metrics) -> None:
+        """Add the metrics of a step; this does not wait for the device."""
+        for name, figure in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(figure).detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take_means(self) -> dict[str, float]:
+        """The means of the metrics since they were last taken."""
+        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        self.sums.clear()
+        self.counts.clear()
+        return means
+
+
+def last_step(rows: Sequence[dict[str, float]], column: str) -> int:
+    """The step of the last row that has this column; 0 if none has."""
+    return int(max((row["step"] for row in rows if column in row), default=0))
+
+
 class Log:
     """metrics.csv, TensorBoard's events and W&B."""
 
@@ -1277,7 +1343,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.csv"
-        self.rows = rows  # the list that the checkpoint holds
+        self.rows = rows
         self.wandb = start_wandb(folder, config) if config.wandb_project else None
         # What an earlier process wrote after its last checkpoint is hidden.
         self.board = SummaryWriter(folder, purge_step=rows[-1]["step"] + 1 if rows else 0)
@@ -1286,15 +1352,14 @@ class Log:
         self.board.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]))
 
     def write(self, row: dict[str, float]) -> None:
-        """Add a row, once it is in the file."""
-        rows = [*self.rows, row]
-        columns = list(dict.fromkeys(name for row in rows for name in row))
+        """Add a row."""
+        self.rows.append(row)
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(self.rows)
         write_whole(self.path, table.getvalue().encode())
-        self.rows.append(row)
 
         group = "evaluation" if "return_mean" in row else "training"
         figures = {f"{group}/{name}": value for name, value in row.items() if name != "step"}
@@ -1302,7 +1367,7 @@ class Log:
             self.board.add_scalar(name, value, int(row["step"]))
         self.board.flush()
         if self.wandb:
-            # Its own count is that of rows: one that a resumed run writes again is the same one.
+            # It counts rows: one that a resumed run writes again has the same number.
             self.wandb.log(figures | {"step": row["step"]}, step=len(self.rows), commit=True)
 
     def close(self) -> None:
@@ -1338,14 +1403,20 @@ def commit() -> str:
 
 
 def write_provenance(
-    folder: Path, config: Config, agent: CIQL, checksum: int, processes: list[dict[str, Any]]
+    folder: Path,
+    config: Config,
+    dataset: Dataset,
+    checksum: int,
+    agent: CIQL,
+    processes: list[dict[str, Any]],
 ) -> None:
-    """Write config.json, add to ``processes`` what trains from this step on, and copy the code."""
+    """Add what trains from this step on to ``processes``; write config.json, and copy the code."""
     process = {
         "from_step": agent.steps,
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
         "agent": type(agent).__name__,
         "policy": type(agent.evaluated_policy()).__name__,
+        "data": dataset.name,
         "data_checksum": f"{checksum:08x}",
         "commit": commit(),
         "torch": str(torch.__version__),
@@ -1363,18 +1434,11 @@ def write_provenance(
     write_whole(folder / "config.json", json.dumps(settings, indent=2).encode())
 
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 def save_checkpoint(
-    folder: Path,
-    config: Config,
-    checksum: int,
-    agent: CIQL,
-    rows: Sequence[dict[str, float]],
-    sums: Metrics,
-    counts: dict[str, int],
-    processes: list[dict[str, Any]],
+    folder: Path, config: Config, checksum: int, agent: CIQL, history: History
 ) -> None:
     """Write checkpoint.pt: all that the steps to come depend on."""
     policy = agent.evaluated_policy()
@@ -1382,10 +1446,7 @@ def save_checkpoint(
         "version": CHECKPOINT_VERSION,
         "config": json.dumps(dataclasses.asdict(config)),
         "checksum": checksum,  # of the data
-        "rows": rows,  # of metrics.csv
-        "sums": sums,  # of the metrics since the last line of losses
-        "counts": counts,  # of the steps that reported each
-        "processes": processes,  # that trained the run
+        **vars(history),
         "step": agent.steps,
         "agent_class": type(agent).__name__,
         "agent": agent.training_state(),
@@ -1401,7 +1462,7 @@ def save_checkpoint(
 
 
 def config_from_json(text: str) -> Config:
-    """Saved settings. One that the version did not have takes its default, one gone is dropped."""
+    """Saved settings. One that is new since then has its default, one that is gone is dropped."""
     known = {setting.name for setting in dataclasses.fields(Config)}
     values = {name: value for name, value in json.loads(text).items() if name in known}
     for name, value in values.items():
@@ -1418,9 +1479,9 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load looks at no checksum
             raise ValueError("a part of it has changed")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        checkpoint["config"] = config_from_json(checkpoint["config"])
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise ValueError("a part of it has another meaning")
+        checkpoint["config"] = config_from_json(checkpoint["config"])
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}); name the folder of a run that was evaluated"
@@ -1428,7 +1489,7 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # torch raises anything for a file that is damaged
         raise InputError(
-            f"{path} cannot be read ({type(error).__name__}); it is damaged, or of another version"
+            f"{path} cannot be read ({error!r}); it is damaged, or of another version of the script"
         ) from error
     return checkpoint
 
@@ -1436,9 +1497,10 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
 def load_policy(
     run: str | Path, make_policy: Callable[[int, int, Config], Any] = make_policy
 ) -> Any:
-    """The policy of a run folder, on the CPU, ready to ``act``; ``make_policy`` is the agent's own.
+    """The policy of a run folder, on the CPU, ready to ``act``.
 
-    Raises InputError if it cannot be read, or is of another class than ``make_policy`` makes.
+    ``make_policy`` is the one that it was trained with. Raises InputError if the policy cannot be
+    read, or is of another class than ``make_policy`` makes.
     """
     checkpoint = load_checkpoint(run)
     observation_dim, action_dim = checkpoint["dims"]
@@ -1459,8 +1521,8 @@ class Curve(NamedTuple):
     """The evaluations of a run."""
 
     steps: np.ndarray  # (E,)
-    means: np.ndarray  # (E,), of an evaluation's episodes
-    returns: list[np.ndarray]  # E of (eval_episodes,), of each episode
+    means: np.ndarray  # (E,), of the episodes of each
+    returns: list[np.ndarray]  # E of (eval_episodes,)
 
 
 def curve_of(rows: Sequence[dict[str, float]]) -> Curve:
@@ -1478,11 +1540,11 @@ def curve_of(rows: Sequence[dict[str, float]]) -> Curve:
 
 
 class Final(NamedTuple):
-    """What a run's policy returns in the end."""
+    """The final return of a run."""
 
-    value: float
-    evaluations: int  # of which it is the mean
-    of: int
+    value: float  # the mean of the last evaluations
+    evaluations: int  # how many these are
+    of: int  # ... of how many in all
 
     def __str__(self) -> str:
         words = f"the mean of the last {self.evaluations} of {self.of} evaluations"
@@ -1496,7 +1558,7 @@ def final_return(means: Sequence[float] | np.ndarray) -> Final:
 
 
 def method_name(config: Config, agent: str = "CIQL") -> str:
-    """What the settings make of the agent's class."""
+    """What the agent is with these settings, for titles."""
     if agent != "CIQL":
         return agent
     if config.beta == 0:
@@ -1507,7 +1569,7 @@ def method_name(config: Config, agent: str = "CIQL") -> str:
 
 
 def title_of(config: Config, agent: str, source: str) -> str:
-    """The picture's title: method, data set, and what is not the default."""
+    """The picture's title: method, data set, and what differs from the defaults."""
     recollected = source and config.dataset in DATASETS
     note = " (re-collected, not the published file)" if recollected else ""
     stem = Path(config.dataset).stem
@@ -1515,9 +1577,9 @@ def title_of(config: Config, agent: str, source: str) -> str:
 
 
 def draw_score(axes: Any, robot: Robot) -> None:
-    """Score axis at the right, random and expert as lines.
+    """Add the score as an axis at the right, and random and expert as lines.
 
-    The range stays that of what is drawn: a far reference is in the legend alone.
+    The range of the axes stays as it is: a reference outside is in the legend alone.
     """
     limits = axes.get_ylim()
     random = robot.random_return
@@ -1566,7 +1628,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Context in which signals that ask to stop join the list it gives.
+    """Context in which a signal that asks to stop joins the list, and does no more.
 
     Signals that are ignored stay so: nohup and shells ignore some for what they start.
     """
@@ -1588,8 +1650,7 @@ def torch_settings(config: Config) -> Iterator[None]:
     """Context in which torch works with the threads and the precision of ``config``."""
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
-    # Where there is a penalty half of the threads are of the losses, half of the gaps.
-    torch.set_num_threads(max(1, config.threads // 2) if config.alpha > 0 else config.threads)
+    torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision(config.matmul_precision)
     try:
         yield
@@ -1607,7 +1668,7 @@ def checksum_of(data: Transitions) -> int:
 
 
 def folder_of(config: Config) -> Path:
-    """The run's folder, which need not be there."""
+    """The folder of the run, which need not be there."""
     if config.resume:
         return Path(config.resume)
     words = "-".join([Path(config.dataset).stem, *varied_words(config)])[:150]
@@ -1627,10 +1688,45 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def make_folder(folder: Path) -> bool:
-    """Make the folder of a new run, or take that of one which was killed before its checkpoint.
+def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Config, dict[str, Any] | None]:
+    """The settings with which the run goes on from now, and the checkpoint that it goes on from.
 
-    Returns whether it is new. Raises InputError if it cannot be made, or holds something else.
+    Their ``resume`` is the run's folder. A folder with a checkpoint stays locked until the
+    ``stack`` ends; a new run has none. A run that is there under the same ``name`` goes on, as the
+    same command comes again when a queue starts a job again. Raises InputError if other settings
+    would change what it learns.
+    """
+    folder = folder_of(config)
+    is_there = os.path.exists(folder / "checkpoint.pt")
+    checkpoint = None
+    threads = config.threads
+    if is_there:
+        stack.callback(lock_folder(folder).release)
+    if is_there or config.resume:
+        checkpoint = load_checkpoint(folder)
+        saved = checkpoint["config"]
+        threads = threads or saved.threads
+        changed = differences(saved, config)
+        if changed and not config.resume:
+            listed = [
+                f"{name} {value} and not {vars(config)[name]}" for name, value in changed.items()
+            ]
+            raise InputError(
+                f"{folder} is there already, with {', '.join(listed)}; take another --name, or"
+                f" change that run with --resume {folder}"
+            )
+        if not config.resume:
+            say(f"NOTE   {folder} is there already: the run goes on")
+    threads = threads or min(4, torch.get_num_threads())
+    config = dataclasses.replace(config, threads=threads, name="", resume=str(folder))
+    return config, checkpoint
+
+
+def make_folder(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Make and lock the folder of a new run; it goes when the ``stack`` ends if it is of no use.
+
+    It may be there of a run that was killed before its first checkpoint. Raises InputError if it
+    cannot be made, or holds something else.
     """
     try:
         is_new = not folder.exists()
@@ -1640,72 +1736,67 @@ def make_folder(folder: Path) -> bool:
         raise InputError(f"{folder} cannot be made ({error}); take another --out-dir") from error
     if names and "code-from-step-0" not in names:
         raise InputError(f"{folder} is there, and no run; take another --name, or remove it")
-    return is_new
+    stack.callback(lock_folder(folder).release)
+    if os.path.exists(folder / "checkpoint.pt"):
+        raise InputError(f"another process trained in {folder} meanwhile; start it again")
+
+    def remove_if_useless() -> None:
+        if not any((folder / name).exists() for name in ("metrics.csv", "checkpoint.pt")):
+            shutil.rmtree(folder)
+
+    if is_new:
+        stack.callback(remove_if_useless)
 
 
-def continue_run(config: Config, saved: Config) -> Config:
-    """``config`` as that of the run which is there under its name: the same command came again.
-
-    So does a job that is queued again. Raises InputError if it would learn something else.
-    """
-    folder = folder_of(config)
-    changed = differences(config, saved)
-    if changed:
-        listed = [
-            f"{name} {getattr(saved, name)} and not {value}" for name, value in changed.items()
-        ]
-        raise InputError(
-            f"{folder} is there already, with {', '.join(listed)}; take another --name, or change"
-            f" that run with --resume {folder}"
-        )
-    say(f"NOTE   {folder} is there already: the run goes on")
-    return dataclasses.replace(config, name="", resume=str(folder))
-
-
-def restore(checkpoint: dict[str, Any], config: Config, checksum: int, agent: CIQL) -> None:
+def restore(
+    checkpoint: dict[str, Any], config: Config, dataset: Dataset, checksum: int, agent: CIQL
+) -> History:
     """Put the agent and the random state back. Raises InputError if the run cannot go on."""
     saved: Config = checkpoint["config"]
+    run = config.resume
     if checkpoint["checksum"] != checksum:
+        file = checkpoint["processes"][-1]["data"]
         raise InputError(
-            f"{config.resume} was trained on other data than {config.dataset}; put those back"
+            f"{run} was trained on other data than {dataset.name} holds now (on {file}); put those"
+            f" back, or name their file: --dataset FILE --env-id {environment_id(saved)}"
         )
     if environment_id(config) != environment_id(saved):
         raise InputError(
-            f"{config.resume} is of {environment_id(saved)}, not of {environment_id(config)}: its"
-            " evaluations would be of both; start another run"
+            f"{run} is of {environment_id(saved)}, not of {environment_id(config)}: its evaluations"
+            " would be of both; start another run"
         )
     if checkpoint["step"] > config.max_steps:
         raise InputError(
-            f"max_steps is {config.max_steps}, but {config.resume} is at step {checkpoint['step']};"
-            " raise it"
+            f"max_steps is {config.max_steps}, but {run} is at step {checkpoint['step']}; raise it"
         )
     for key, part in (("agent_class", agent), ("policy_class", agent.evaluated_policy())):
         if checkpoint[key] != type(part).__name__:
             raise InputError(
-                f"{config.resume} holds a {checkpoint[key]}, not a {type(part).__name__}; resume it"
-                " with the make_agent and make_policy that it was trained with"
+                f"{run} holds a {checkpoint[key]}, not a {type(part).__name__}; resume it with the"
+                " make_agent and make_policy that it was trained with"
             )
     try:
         agent.load_training_state(checkpoint["agent"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{config.resume} holds an agent of another size or version; resume it with its own"
-            " hidden_sizes and version"
+            f"{run} holds an agent of another size or version; resume it with its own hidden_sizes"
+            " and version"
         ) from error
     changed = differences(config, saved)
-    if config.policy_lr_decay and config.max_steps != saved.max_steps:
-        say("NOTE   the policy's learning rate goes on by the cosine over the new max_steps")
     if changed:
         listed = [f"{name} {value} (was {getattr(saved, name)})" for name, value in changed.items()]
         say(f"NOTE   the run goes on with other settings: {', '.join(listed)}")
+    if config.policy_lr_decay and config.max_steps != saved.max_steps:
+        say("NOTE   the policy's learning rate goes on by the cosine over the new max_steps")
     torch.set_rng_state(checkpoint["random_state"])
     if not agent.on_cpu and checkpoint["cuda_random_state"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_random_state"], agent.device)
-
-
-def last_step(rows: Sequence[dict[str, float]], column: str) -> int:
-    """The step of the last row that has this column; 0 if none has."""
-    return int(max((row["step"] for row in rows if column in row), default=0))
+    return History(
+        rows=checkpoint["rows"],
+        sums={name: total.to(agent.device) for name, total in checkpoint["sums"].items()},
+        counts=checkpoint["counts"],
+        processes=checkpoint["processes"],
+    )
 
 
 def check_finite(agent: CIQL, sums: Metrics, data: Transitions) -> None:
@@ -1719,7 +1810,7 @@ def check_finite(agent: CIQL, sums: Metrics, data: Transitions) -> None:
         )
 
 
-# The log has these columns in this order, and then those that an idea adds.
+# The log has these columns in this order, followed by those that an idea adds.
 METRICS_ORDER = (
     "value_loss",
     "q_loss",
@@ -1735,29 +1826,51 @@ METRICS_ORDER = (
 )
 
 
-def log_losses(
-    log: Log, agent: CIQL, sums: Metrics, counts: dict[str, int], steps_per_second: float
-) -> None:
-    """Write and print the means of the metrics since the last line, and begin anew.
+def log_losses(log: Log, history: History, step: int, steps_per_second: float) -> None:
+    """Write and print the means of the metrics since the last line.
 
     Raises InputError for a metric with the name of another column.
     """
-    for name in sums:
+    for name in history.sums:
         if name in ("step", "steps_per_second", "score") or name.startswith("return_"):
             raise InputError(f"a metric is named {name}, as a column of metrics.csv; rename it")
-    names = dict.fromkeys([*METRICS_ORDER, *sums])
-    means = {name: (sums[name] / counts[name]).item() for name in names if name in sums}
-    log.write({"step": agent.steps, **means, "steps_per_second": steps_per_second})
-    sums.clear()
-    counts.clear()
-    figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-    say(f"step {agent.steps:>9,}  {figures}  {steps_per_second:.0f} steps/s")
+    means = history.take_means()
+    ordered = {name: means.pop(name) for name in METRICS_ORDER if name in means} | means
+    log.write({"step": step, **ordered, "steps_per_second": steps_per_second})
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in ordered.items())
+    say(f"step {step:>9,}  {figures}  {steps_per_second:.0f} steps/s")
 
 
-def remove_if_not_begun(folder: Path, agent: CIQL) -> None:
-    """Leave no folder behind where a run failed before its first step."""
-    if agent.steps == 0 and not (folder / "checkpoint.pt").exists():
-        shutil.rmtree(folder)
+def accelerate(agent: CIQL, prepared: Transitions, stack: contextlib.ExitStack) -> None:
+    """Have the agent use all of its threads and the compiler, until the ``stack`` ends."""
+    c = agent.config
+    where = f"cpu, {c.threads} threads"
+    if not agent.on_cpu:
+        where = torch.cuda.get_device_name(agent.device)
+    compiling = "; compiling takes up to a minute the first time" if c.compile else ""
+    say(f"agent  {type(agent).__name__}, {where}{compiling}")
+    if agent.meter and c.alpha > 0 and c.threads > 1:
+        agent.meter.start_helper(prepared)
+        stack.callback(agent.meter.stop_helper)
+    if c.compile:
+        agent.compile_losses(prepared)
+        # A call that fits none of the graphs, should there be one, runs eagerly.
+        stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+
+
+@contextlib.contextmanager
+def saving_on_error(save: Callable[[], None], folder: Path, how_to_go_on: str) -> Iterator[None]:
+    """Context in which an error saves the run, if that is possible; a full disk gets a hint."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
+            save()
+        if isinstance(error, OSError):
+            is_saved = (folder / "checkpoint.pt").exists()
+            remedy = f"go on with {how_to_go_on}" if is_saved else "start it again"
+            error.add_note(f"mend that, then {remedy}")
+        raise
 
 
 def train(
@@ -1773,7 +1886,7 @@ def train(
     ``report`` is called after every evaluation, once it is saved, with its row of metrics.csv and
     the folder. Raises InputError for what is wrong with settings and data; after saving what can be
     saved, OSError for a machine that fails (a full disk), RuntimeError for an environment that
-    does, and SystemExit for a signal; FloatingPointError for losses not finite.
+    does, and SystemExit for a signal; FloatingPointError for losses that are not finite.
     """
     start = time.perf_counter()
     check(config)
@@ -1785,33 +1898,17 @@ def train(
         raise InputError("the run is on transitions from Python; resume it there, with its data")
     env_id = environment_id(config)
     with contextlib.ExitStack() as stack:
-        # A run that is there already
-        folder = folder_of(config)
-        checkpoint = None
-        rows: list[dict[str, float]] = []  # of metrics.csv
-        sums: Metrics = {}  # of the metrics since the last line of losses
-        counts: dict[str, int] = {}  # of the steps that reported each
-        processes: list[dict[str, Any]] = []  # that trained the run
-        threads = config.threads or min(4, torch.get_num_threads())
-        if os.path.exists(folder / "checkpoint.pt"):
-            stack.callback(lock_folder(folder).release)
-        if config.resume or os.path.exists(folder / "checkpoint.pt"):
-            checkpoint = load_checkpoint(folder)
-            if not config.resume:
-                config = continue_run(config, checkpoint["config"])
-            threads = config.threads or checkpoint["config"].threads
-            rows = checkpoint["rows"]
-            counts = checkpoint["counts"]
-            processes = checkpoint["processes"]
-            if checkpoint["step"] == config.max_steps == last_step(rows, "return_mean"):
+        # Data and agent
+        config, checkpoint = find_run(config, stack)
+        folder = Path(config.resume)
+        if checkpoint:
+            evaluated = last_step(checkpoint["rows"], "return_mean")
+            if checkpoint["step"] == config.max_steps == evaluated:
                 say(
                     f"done   {folder} has all of its {config.max_steps:,} steps: nothing is left;"
                     " raise --max-steps, or play it with --evaluate"
                 )
-                return folder, curve_of(rows)
-
-        # Data and agent
-        config = dataclasses.replace(config, threads=threads)
+                return folder, curve_of(checkpoint["rows"])
         stack.enter_context(torch_settings(config))
         env = check_environment(env_id, config.film)
         dataset = load_dataset(config, env, data)
@@ -1820,38 +1917,20 @@ def train(
         agent = make_agent(env.observation_space.shape[0], env.action_space.shape[0], config)
         prepared = agent.prepare(dataset.transitions)
         agent.check_optimizers()
+        history = History()
         if checkpoint:
-            restore(checkpoint, config, checksum, agent)
-            sums = {name: total.to(agent.device) for name, total in checkpoint["sums"].items()}
-        name = type(agent).__name__
-        where = (
-            f"cpu, {threads} threads" if agent.on_cpu else torch.cuda.get_device_name(agent.device)
-        )
-        compiling = "; compiling takes up to a minute the first time" if config.compile else ""
-        say(f"agent  {name}, {where}{compiling}")
-        if agent.on_cpu and config.alpha > 0 and threads > 1:
-            agent.start_helper(prepared)
-        if agent.helper:
-            stack.callback(agent.helper.shutdown)
-        if config.compile:
-            agent.compile_losses(prepared)
-            # A call that none of the graphs fits, should there be one, runs eagerly.
-            stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+            history = restore(checkpoint, config, dataset, checksum, agent)
+        accelerate(agent, prepared, stack)
 
         # Run folder
         stop = stack.enter_context(stop_signals())
         if not checkpoint:
-            is_new = make_folder(folder)
-            stack.callback(lock_folder(folder).release)
-            if os.path.exists(folder / "checkpoint.pt"):
-                raise InputError(f"another process trained in {folder} meanwhile; start it again")
-            if is_new:
-                stack.callback(remove_if_not_begun, folder, agent)
-        write_provenance(folder, config, agent, checksum, processes)
-        log = Log(folder, config, rows)
+            make_folder(folder, stack)
+        write_provenance(folder, config, dataset, checksum, agent, history.processes)
+        log = Log(folder, config, history.rows)
         stack.callback(log.close)
         say(f"run    {folder}, from step {agent.steps:,}")
-        title = title_of(config, name, dataset.source)
+        title = title_of(config, type(agent).__name__, dataset.source)
         pictures = (Path(config.plot), folder / Path(config.plot).name)
         is_of_command_line = type(agent) is CIQL and data is None
         how_to_go_on = f"--resume {shlex.quote(str(folder))}"
@@ -1859,52 +1938,42 @@ def train(
             how_to_go_on = f"train in Python, where config.resume is {str(folder)!r}"
 
         def save() -> None:
-            check_finite(agent, sums, prepared)
-            save_checkpoint(folder, config, checksum, agent, rows, sums, counts, processes)
+            check_finite(agent, history.sums, prepared)
+            save_checkpoint(folder, config, checksum, agent, history)
 
         # Steps
         bar = tqdm(desc="train", total=config.max_steps, initial=agent.steps, disable=None)
         stack.enter_context(bar)
-        logged = last_step(rows, "steps_per_second")
-        evaluated = last_step(rows, "return_mean")
+        logged = last_step(history.rows, "steps_per_second")
+        evaluated = last_step(history.rows, "return_mean")
         timed = agent.steps  # steps per second are those since then
         since = time.perf_counter()
         while True:
             # What is due after a step; a run that was stopped in an evaluation begins with it.
             is_last = agent.steps == config.max_steps
-            try:
-                if agent.steps > logged and agent.steps % config.log_interval == 0:
-                    check_finite(agent, sums, prepared)
+            with saving_on_error(save, folder, how_to_go_on):
+                if agent.steps > logged and (is_last or agent.steps % config.log_interval == 0):
+                    check_finite(agent, history.sums, prepared)
                     speed = (agent.steps - timed) / (time.perf_counter() - since)
-                    log_losses(log, agent, sums, counts, speed)
+                    log_losses(log, history, agent.steps, speed)
                     logged = timed = agent.steps
                     since = time.perf_counter()
                 if agent.steps > evaluated and (is_last or agent.steps % config.eval_interval == 0):
-                    check_finite(agent, sums, prepared)
+                    check_finite(agent, history.sums, prepared)
                     row = evaluate(agent.evaluated_policy(), config, agent.steps, stop)
                     if stop:
                         break
                     log.write(row)
                     save()
-                    draw(pictures, curve_of(rows), title, dataset, env_id)
+                    draw(pictures, curve_of(history.rows), title, dataset, env_id)
                     if report:
                         report(row, folder)
                     evaluated = timed = agent.steps
                     since = time.perf_counter()
-            except Exception as error:
-                with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
-                    save()
-                if isinstance(error, OSError):
-                    is_saved = (folder / "checkpoint.pt").exists()
-                    remedy = f"go on with {how_to_go_on}" if is_saved else "start it again"
-                    error.add_note(f"mend that, then {remedy}")
-                raise
             if stop or is_last:
                 break
 
-            for name, figure in agent.update(prepared).items():  # nothing waits for the device
-                sums[name] = sums.get(name, 0) + torch.as_tensor(figure).detach()
-                counts[name] = counts.get(name, 0) + 1
+            history.add(agent.update(prepared))
             bar.update()
 
         if stop and evaluated < config.max_steps:
@@ -1914,7 +1983,7 @@ def train(
                     say(f"stopped at step {agent.steps:,}; go on with {how_to_go_on}")
             raise SystemExit(128 + stop[0])
 
-    curve = curve_of(rows)
+    curve = curve_of(history.rows)
     final = final_return(curve.means)
     score = f", score {ROBOTS[env_id].score(final.value):.1f}" if env_id in ROBOTS else ""
     say(f"final  {final.value:.1f} is {final}{score}")

@@ -163,9 +163,7 @@ def add_data(runs: dict[str, Run]) -> None:
         key = Config(c.dataset, c.env_id, c.max_episode_steps)
         if key not in found:
             env_id = ciql.environment_id(key)
-            file, reason = ciql.find_dataset(key.dataset)
-            if reason:
-                print(f"NOTE   {reason}")
+            file = ciql.find_dataset(key.dataset)
             here = dataclasses.replace(key, dataset=str(file.absolute()), env_id=env_id)
             data = ciql.load_dataset(here, ciql.check_environment(env_id))
             row = {"env_id": env_id, "data_return": pd.Series(data.returns).mean()}

@@ -108,7 +108,7 @@ def serve_steps(connection, alpha, settings):
             torch.set_num_threads(2)
             textbook = Textbook(ready, alpha)
         elif alpha > 0 and config.threads > 1:
-            agent.start_helper(ready)
+            agent.meter.start_helper(ready)
         if settings is not None and config.compile:
             agent.compile_losses(ready)
         while True:

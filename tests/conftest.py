@@ -26,9 +26,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """Keep the tests away from the user's own data sets, and from the network."""
+    """Keep the tests away from the user's own data sets, the network, and each other's threads."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 # -------------------------------------------------------------------------------------------- files

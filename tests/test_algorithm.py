@@ -174,8 +174,8 @@ def trained_names(agent):
 def prepared(agent):
     """The agent as ``train`` has it before the first step, its gaps measured beside the losses."""
     data = agent.prepare(random_batch(torch.Generator().manual_seed(0)))
-    agent.start_helper(data)
-    assert agent.helper
+    agent.meter.start_helper(data)
+    assert agent.meter.helper
     return agent
 
 
@@ -251,9 +251,10 @@ def case(request):
 
 # -------------------------------------------------------------------------- losses, gradients, step
 def test_gaps(case):
-    """With gradient, and measured without: of the critic that is given."""
+    """With gradient, and measured without, on a copy of the critic."""
     agent, batch, negatives, expected, _ = case
-    measured = agent.measure_gaps(agent.critic, batch, negatives)
+    agent.meter.start(batch, negatives)
+    measured = agent.meter.result()
     assert not measured.requires_grad
     for gaps in (measured, agent.gaps(agent.critic, batch, negatives)):
         assert gaps.tolist() == pytest.approx([expected["gap1"], expected["gap2"]], rel=1e-4)
@@ -265,8 +266,9 @@ def test_figures_and_gradients_of_a_step(case, monkeypatch, where):
     agent, batch, negatives, expected, expected_gradient = case
     agent = twin_of(agent)
     if where != "helper":
-        agent.helper = None
+        agent.meter.helper = None
     if where == "as on CUDA":
+        agent.meter = None
         agent.on_cpu = False
     monkeypatch.setattr(torch, "randint", lambda *args, **options: torch.arange(B))
     monkeypatch.setattr(torch, "rand", lambda *args, **options: (negatives + 1) / 2)
@@ -407,8 +409,8 @@ def started(config, make_agent=CIQL):
     torch.manual_seed(0)
     agent = make_agent(S, A, config)
     data = agent.prepare(random_data())
-    if config.alpha > 0:
-        agent.start_helper(data)
+    if config.alpha > 0 and agent.meter:
+        agent.meter.start_helper(data)
     return agent
 
 
@@ -433,7 +435,7 @@ def assert_same_weights(one, other):
     left = one.state_dict()
     right = other.state_dict()
     for name in left:
-        assert name.startswith("critic_copy") or torch.equal(left[name], right[name]), name
+        assert torch.equal(left[name], right[name]), name
 
 
 def assert_sometimes_open(history):
@@ -500,7 +502,7 @@ def test_step_on_cuda_reads_nothing_on_the_host(monkeypatch):
     """Its path, here on the CPU: a read of a tensor would wait for the device."""
     agent = started(small(policy_lr_decay=True))
     agent.on_cpu = False
-    agent.helper = None
+    agent.meter = None
     data = random_data()
     agent.update(data)
 

@@ -1,5 +1,6 @@
 """Reading of both layouts, on files the tests write; where data come from; other environments."""
 
+import dataclasses
 import pwd
 import textwrap
 
@@ -29,10 +30,12 @@ from ciql_pybullet import (
     Config,
     GaussianPolicy,
     InputError,
+    Transitions,
     check_environment,
     check_transitions,
     dataset_of,
     find_dataset,
+    load_checkpoint,
     load_dataset,
     play_episode,
     read_dataset,
@@ -349,15 +352,14 @@ def offline(monkeypatch):
 
 
 def test_a_path_is_taken_as_it_is(offline):
-    path, reason = find_dataset("some/file.hdf5")
-    assert (str(path), reason) == ("some/file.hdf5", "")
+    assert str(find_dataset("some/file.hdf5")) == "some/file.hdf5"
     assert not offline
 
 
 def test_the_cache_comes_before_the_network(tmp_path, offline):
     (tmp_path / "cache").mkdir()
     cached = write_file(tmp_path / "cache" / f"{SAMPLE_ID}.hdf5", episode(2, first=0))
-    assert find_dataset(SAMPLE_ID) == (cached, "")
+    assert find_dataset(SAMPLE_ID) == cached
     assert not offline
 
 
@@ -367,7 +369,7 @@ def test_the_default_cache_is_d4rl_pybullets(tmp_path, monkeypatch, offline):
     folder = tmp_path / ".d4rl" / "datasets"
     folder.mkdir(parents=True)
     cached = write_file(folder / "ant-bullet-mixed-v0.hdf5", episode(2, first=0))
-    assert find_dataset("ant-bullet-mixed-v0") == (cached, "")
+    assert find_dataset("ant-bullet-mixed-v0") == cached
 
 
 def test_user_without_a_home(tmp_path, monkeypatch, offline):
@@ -381,28 +383,55 @@ def test_user_without_a_home(tmp_path, monkeypatch, offline):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(InputError, match="set D4RL_DATASET_DIR"):
         find_dataset(SAMPLE_ID)
-    assert str(find_dataset("data.hdf5")[0]) == "data.hdf5"
+    assert str(find_dataset("data.hdf5")) == "data.hdf5"
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    assert find_dataset(SAMPLE_ID)[0] == SAMPLE
+    assert find_dataset(SAMPLE_ID) == SAMPLE
 
 
 def test_offline(tmp_path, offline, capsys):
-    """One NOTE in words: not reachable, the sample is used, and how to have the published file."""
+    """In words: why there is no published file, how to have it, and what the sample is."""
     load_dataset(Config(), robot_environment("HalfCheetahBulletEnv-v0"))
     out = capsys.readouterr().out
-    (note,) = [line for line in out.splitlines() if line.startswith("NOTE")]
-    assert note.startswith(f"NOTE   this is not the published {SAMPLE_ID}, but re-collected after")
+    note, what = [line for line in out.splitlines() if line.startswith("NOTE")]
+    assert what.startswith(f"NOTE   this is not the published {SAMPLE_ID}, but re-collected after")
     reason = f"{SAMPLE_ID} could not be downloaded (its server cannot be reached, ConnectionError)"
     place = tmp_path / "cache" / f"{SAMPLE_ID}.hdf5"
     assert f"{reason}; to have it, put {offline[0]} at {place}" in note
     assert "NameResolutionError" not in out
 
 
+def test_the_published_file_comes_after_a_run_on_the_sample(tmp_path, no_pictures, offline):
+    """The run goes on with the file that it was trained on, which the message names."""
+    settings = {"compile": False, "hidden_sizes": (8,), "eval_episodes": 1, "max_steps": 2}
+    folder, _ = train(Config(dataset="hopper-bullet-medium-v0", **settings))
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    hopper_file(tmp_path / "cache" / "hopper-bullet-medium-v0.hdf5")
+    config = dataclasses.replace(load_checkpoint(folder)["config"], max_steps=3)
+    sample = SAMPLE.parent / "hopper-bullet-medium-sample.hdf5"
+    with pytest.raises(InputError, match=rf"holds now \(on {sample}\); put those back, or name"):
+        train(config)
+    env_id = "HopperBulletEnv-v0"
+    train(dataclasses.replace(config, dataset=str(sample), env_id=env_id))
+    assert load_checkpoint(folder)["step"] == 3
+
+
+def test_own_transitions_may_be_arrays_or_need_gradients():
+    data = own_transitions()
+    env = robot_environment("HopperBulletEnv-v0")
+    for given in (
+        Transitions(*(column.numpy() for column in data)),
+        data._replace(observations=data.observations.clone().requires_grad_()),
+    ):
+        loaded = load_dataset(Config(env_id="HopperBulletEnv-v0"), env, given).transitions
+        for column, expected in zip(loaded, data, strict=True):
+            assert torch.equal(column, expected) and not column.requires_grad
+
+
 def test_the_samples_stand_in_for_their_own_ids_alone(tmp_path, offline):
     for name in ciql_pybullet.DATASETS:
         sample = SAMPLE.parent / name.replace("-v0", "-sample.hdf5")
         if sample.exists():
-            assert find_dataset(name)[0] == sample
+            assert find_dataset(name) == sample
         else:
             with pytest.raises(InputError) as error:
                 find_dataset(name)

@@ -19,7 +19,7 @@ CONFIG = Config(
 
 class FourCritics(CIQL):
     def make_critic(self):
-        return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes, number=4)
+        return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes, num_q=4)
 
 
 class LayerNormCritic(CIQL):
@@ -176,7 +176,7 @@ def make(idea, compiled=False):
     agent = idea(S, A, CONFIG)
     data = agent.prepare(own_transitions(300, S, A))
     agent.check_optimizers()
-    agent.start_helper(data)
+    agent.meter.start_helper(data)
     if compiled:
         agent.compile_losses(data)
     return agent, data
