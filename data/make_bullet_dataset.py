@@ -1,17 +1,16 @@
 """Re-collect d4rl-pybullet data sets from their published recipe, with stable-baselines3's SAC.
 
-Soft actor-critic with the recipe's settings (two hidden layers of 256, learning rate 3e-4, batch
-100, one update per step) learns in a PyBullet environment until the last ``window`` training
-episodes return ``level`` on average. By the last word of its id, a data set is
+Soft actor-critic (two hidden layers of 256, learning rate 3e-4, batch 100, one update per step)
+learns in a PyBullet environment until the last ``window`` training episodes return ``level`` on
+average. By the last word of its id, a data set is
 
     random   ``rows`` rows of the untrained stochastic policy
     mixed    the replay buffer up to that moment
     medium   ``rows`` rows of the final deterministic policy
 
-Rows are laid out as d4rl-pybullet lays them out. Row t holds (observation_t, action_t, r, d) where
-r and d ARRIVED WITH observation_t, from the step before. An episode closes with an extra row: its
-last observation, a zero action, the last reward, terminal 1, at the time limit as well as after a
-fall.
+in d4rl-pybullet's layout: row t holds (observation_t, action_t, r, d) where r and d ARRIVED WITH
+observation_t, from the step before. An episode closes with an extra row: its last observation, a
+zero action, the last reward, terminal 1, at the time limit as well as after a fall.
 
     python data/make_bullet_dataset.py --id hopper-bullet-medium-v0 hopper-bullet-mixed-v0
 """
@@ -19,9 +18,7 @@ fall.
 import datetime
 import importlib.metadata
 import os
-import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +40,7 @@ ROBOTS = {
     "walker2d": ("Walker2DBulletEnv-v0", 900.0, 10),
     "ant": ("AntBulletEnv-v0", 600.0, 10),
 }
+KINDS = ("random", "medium", "mixed")
 
 
 @dataclass(frozen=True)
@@ -64,21 +62,17 @@ def stop(line: str) -> NoReturn:
 
 
 class Recorder(gymnasium.Wrapper):
-    """Logs the rows of all that is played in the environment below."""
+    """Keeps the rows and the returns of all that is played in the environment below."""
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
         env.reset()  # the first episode's rewards are off by a constant: it is thrown away
-        names = ("observations", "actions", "rewards", "terminals")
-        self.columns: dict[str, list[Any]] = {name: [] for name in names}
+        self.rows: list[dict[str, Any]] = []
         self.returns: list[float] = []  # of the whole episodes
 
-    def log(self, observation: Any, action: Any, reward: float, terminal: float) -> None:
-        """Add a row."""
-        self.columns["observations"].append(observation)
-        self.columns["actions"].append(action)
-        self.columns["rewards"].append([reward])
-        self.columns["terminals"].append([terminal])
+    def add_row(self, action: Any, terminal: float) -> None:
+        row = {"observations": self.observation, "actions": action}
+        self.rows.append(row | {"rewards": [self.reward], "terminals": [terminal]})
 
     def reset(self, **options: Any) -> Any:
         self.observation, info = self.env.reset(**options)
@@ -87,27 +81,28 @@ class Recorder(gymnasium.Wrapper):
         return self.observation, info
 
     def step(self, action: Any) -> Any:
-        self.log(self.observation, action, self.reward, 0.0)
+        self.add_row(action, 0.0)
         self.observation, reward, terminated, truncated, info = self.env.step(action)
         self.reward = float(reward)
         self.total += self.reward
         if terminated or truncated:
-            self.log(self.observation, np.zeros_like(action), self.reward, 1.0)
+            self.add_row(np.zeros_like(action), 1.0)
             self.returns.append(self.total)
         return self.observation, reward, terminated, truncated, info
 
-    def write(self, path: Path, source: str, rows: int | None = None) -> None:
-        """Write the first ``rows`` rows (all of them: None); a file of that name is whole."""
+    def write(self, path: Path, source: str, limit: int | None = None) -> None:
+        """Write the first ``limit`` rows (None: all); a file of that name is whole."""
+        rows = self.rows[:limit]
         part = path.with_suffix(".part")
         with h5py.File(part, "w") as file:
             file.attrs["source"] = source
-            for name, column in self.columns.items():
-                data = np.asarray(column[:rows], np.float32)
-                file.create_dataset(name, data=data, compression="gzip", shuffle=True)
+            for name in rows[0]:
+                column = np.asarray([row[name] for row in rows], np.float32)
+                file.create_dataset(name, data=column, compression="gzip", shuffle=True)
         part.rename(path)
         mean = np.mean(self.returns)
         std = np.std(self.returns)
-        print(f"{path}: {len(data)} rows, {len(self.returns)} episodes, {mean:.1f} ± {std:.1f}")
+        print(f"{path}: {len(rows)} rows, {len(self.returns)} episodes, {mean:.1f} ± {std:.1f}")
 
 
 class UntilLevel(BaseCallback):
@@ -133,7 +128,7 @@ def play(sac: SAC, env_id: str, rows: int, deterministic: bool, seed: int) -> Re
     """Whole episodes of at least ``rows`` rows."""
     recorder = Recorder(gymnasium.make(env_id))
     observation, _ = recorder.reset(seed=seed)
-    while len(recorder.columns["rewards"]) < rows:
+    while len(recorder.rows) < rows:
         action, _ = sac.predict(observation, deterministic=deterministic)
         observation, _, terminated, truncated, _ = recorder.step(action)
         if terminated or truncated:
@@ -141,38 +136,29 @@ def play(sac: SAC, env_id: str, rows: int, deterministic: bool, seed: int) -> Re
     return recorder
 
 
-def paths_by_kind(recipe: Recipe) -> tuple[str, dict[str, Path]]:
-    """The robot, and the file to write for each kind asked for; ends the program for a bad one."""
-    default = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
-    folder = (recipe.out or default).expanduser()
-    robots = set()
-    paths = {}
-    for name in recipe.id:
-        match = re.fullmatch(rf"({'|'.join(ROBOTS)})-bullet-(random|mixed|medium)-v0", name)
-        if match:
-            robots.add(match[1])
-            paths[match[2]] = folder / f"{name}.hdf5"
-    if len(paths) != len(recipe.id) or len(robots) != 1:
-        stop(f"id is {' '.join(recipe.id)}, but must be of one robot, like hopper-bullet-medium-v0")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        stop(f"{folder} cannot be written to ({error.strerror}); choose another --out")
-    for path in paths.values():
-        if path.exists():
-            stop(f"{path} is there already; move it away or choose another --out")
-    return robots.pop(), paths
-
-
 def main(recipe: Recipe) -> None:
-    robot, paths = paths_by_kind(recipe)
+    robot = recipe.id[0].partition("-")[0] if recipe.id else ""
+    kinds = {f"{robot}-bullet-{kind}-v0": kind for kind in KINDS}
+    if robot not in ROBOTS or not kinds.keys() >= set(recipe.id):
+        stop(f"id is {' '.join(recipe.id)}, but must be of one robot, like hopper-bullet-medium-v0")
     env_id, level, window = ROBOTS[robot]
     level = level if recipe.level is None else recipe.level
     window = window if recipe.window is None else recipe.window
     if min(window, recipe.max_steps, recipe.rows) < 1:
         stop("window, max_steps and rows must be at least 1")
+    default = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    folder = (recipe.out or default).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"{folder} cannot be made ({error.strerror}); choose another --out")
+    if not os.access(folder, os.W_OK):
+        stop(f"{folder} cannot be written to; choose another --out")
+    paths = {kinds[name]: folder / f"{name}.hdf5" for name in recipe.id}
+    for path in paths.values():
+        if path.exists():
+            stop(f"{path} is there already; move it away or choose another --out")
+
     torch.set_num_threads(1)  # batches of 100 are too small for more
     recorder = Recorder(gymnasium.make(env_id))
     sac = SAC(
@@ -191,25 +177,25 @@ def main(recipe: Recipe) -> None:
         f"re-collected after d4rl-pybullet's recipe in {env_id}, seed {recipe.seed},"
         f" {versions}, {datetime.date.today()}"
     )
-
     if "random" in paths:
         played = play(sac, env_id, recipe.rows, deterministic=False, seed=recipe.seed + 10_000)
         played.write(paths["random"], f"{source}; untrained policy", recipe.rows)
-    if paths.keys() != {"random"}:
-        sac.set_random_seed(recipe.seed)  # learning is the same whether or not it played before
-        until = UntilLevel(recorder, level, window)
-        sac.learn(recipe.max_steps, until)
-        if not until.is_reached:
-            within = f"within {recipe.max_steps:,} steps"
-            stop(f"{window} episodes returned no {level:g} on average {within}; lower --level")
-        reached = f"{np.mean(recorder.returns[-window:]):.1f} over {window} episodes"
-        rows = len(recorder.columns["rewards"])
-        learned = f"SAC stopped at {reached} after {rows:,} rows (level {level:g})"
-        if "mixed" in paths:
-            recorder.write(paths["mixed"], f"{source}; replay of {learned}")
-        if "medium" in paths:
-            played = play(sac, env_id, recipe.rows, deterministic=True, seed=recipe.seed + 20_000)
-            played.write(paths["medium"], f"{source}; mean action of {learned}", recipe.rows)
+    if paths.keys() == {"random"}:
+        return
+
+    sac.set_random_seed(recipe.seed)  # learning is the same whether or not it played before
+    until = UntilLevel(recorder, level, window)
+    sac.learn(recipe.max_steps, until)
+    if not until.is_reached:
+        within = f"within {recipe.max_steps:,} steps"
+        stop(f"{window} episodes returned no {level:g} on average {within}; lower --level")
+    reached = f"{np.mean(recorder.returns[-window:]):.1f} over {window} episodes"
+    learned = f"SAC stopped at {reached} after {len(recorder.rows):,} rows (level {level:g})"
+    if "mixed" in paths:
+        recorder.write(paths["mixed"], f"{source}; replay of {learned}")
+    if "medium" in paths:
+        played = play(sac, env_id, recipe.rows, deterministic=True, seed=recipe.seed + 20_000)
+        played.write(paths["medium"], f"{source}; mean action of {learned}", recipe.rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from conftest import LAB_SETTINGS, ROOT, hopper_file, run_main
 sys.path[:0] = [str(ROOT / "study"), str(ROOT / "data")]
 import ciql_pybullet
 import study
-from ciql_pybullet import CIQL, Config, load_checkpoint, mlp, read_dataset, train
+from ciql_pybullet import CIQL, Config, load_checkpoint, read_dataset, train
 
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
@@ -129,7 +129,10 @@ def test_load_policy(workplace):
 
 def test_recording_a_file(tmp_path, monkeypatch, capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
-    record, look = [code for code in PYTHON if "my.hdf5" in code]
+    (record,) = [code for code in PYTHON if "my.hdf5" in code]
+    (look,) = [
+        code for code in re.findall(r"```python\n(.*?)```", REFERENCE, re.DOTALL) if "fall" in code
+    ]
     monkeypatch.chdir(tmp_path)
     seeded = record.replace("env.reset()", "env.action_space.seed(0)\nenv.reset()", 1)
     exec(seeded, {})  # noqa: S102
@@ -137,7 +140,7 @@ def test_recording_a_file(tmp_path, monkeypatch, capsys):
     assert dataset.layout == "D4RL's layout" and len(dataset.lengths) == 10
     assert dataset.terminated.all()
     capsys.readouterr()
-    exec(look, {"read_dataset": read_dataset})  # noqa: S102
+    exec(look, {})  # noqa: S102
     shown = [float(number) for number in re.findall(r"-?\d+\.\d*", capsys.readouterr().out)]
     end = dataset.lengths[0] - 1
     assert np.allclose(shown, dataset.transitions.rewards[end - 2 : end + 3], atol=1e-3)
@@ -221,9 +224,8 @@ def test_example_of_an_agent(lab, no_pictures, monkeypatch):
     def train_small(config, make_agent):
         runs.append(train(Config(**LAB_SETTINGS), make_agent=make_agent)[0])
 
-    names = {"CIQL": CIQL, "Config": Config, "mlp": mlp, "train": train_small}
-    names["torch"] = ciql_pybullet.torch
-    exec(code, names)  # noqa: S102
+    monkeypatch.setattr(ciql_pybullet, "train", train_small)
+    exec(code, {})  # noqa: S102
     rows = load_checkpoint(runs[0])["rows"]
     losses = [row["model_loss"] for row in rows if "model_loss" in row]
     assert losses[-1] < losses[0]
