@@ -12,6 +12,7 @@
 #     "pillow==13.0.0",
 #     "pooch==1.9.0",
 #     "psutil==7.2.2",
+#     "requests==2.34.2",
 #     "tensorboard==2.21.0",
 #     "tqdm==4.70.1",
 #     "typeguard==4.6.1",
@@ -20,17 +21,18 @@
 # ///
 """Conservative Implicit Q-Learning (CIQL), trained offline on the PyBullet D4RL data sets.
 
-CIQL is Implicit Q-Learning (IQL) plus a clamped conservative penalty. From logged transitions
-(s, a, r, s') it learns a value V(s), a critic with two networks Q1(s,a) and Q2(s,a), and a policy
-π(a|s). Q̄ is the smaller Q of the target critic, which follows the critic slowly. ā are num_neg
-actions per state, drawn uniformly from the action box.
+CIQL is Implicit Q-Learning (IQL) plus a conservative penalty that is clamped at 0. From logged
+transitions (s, a, r, s') it learns a value V(s), a critic of two networks Q1(s,a) and Q2(s,a), and
+a policy π(a|s). Q̄ is the smaller Q of the target critic, a running average of the critic. The
+off-data actions ā are drawn uniformly from the action box, num_neg per state.
 
     V   diff = Q̄(s,a) − V(s)             loss = |τ − 1(diff<0)| · diff²
     Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
     π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
 
-Q1 and Q2 have a loss each. After a true termination y is r alone. exp(β · adv) is capped at
-max_weight.
+The losses and E are means over a batch, so the clamp is open or closed for a whole batch. The
+losses of Q1 and Q2 are added. After a true termination y is r alone. exp(β · adv) is capped at
+max_weight. IQL has no max(0, ·) in adv (--no-clamp-advantage).
 
     python ciql_pybullet.py                       train with the settings below
     python ciql_pybullet.py --alpha 0             any setting is also a flag
@@ -71,7 +73,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# Until training starts, Ctrl-C ends the program without a traceback.
+# Ctrl-C ends the program without a traceback; while it trains, ``train`` catches it.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -92,13 +94,13 @@ class Config:
     """CIQL on the PyBullet D4RL data sets. Every setting is also a flag: --max-steps 20000."""
 
     # Data
-    dataset: str = "halfcheetah-bullet-medium-v0"  # one of 12 ids, or an .hdf5 file (with env_id)
-    env_id: str = ""  # the environment of an .hdf5 file; MODULE:ID imports MODULE to register it
+    dataset: str = "halfcheetah-bullet-medium-v0"  # one of 12 ids, or the path of an .hdf5 file
+    env_id: str = ""  # an .hdf5 file's environment; MODULE:ID imports MODULE, which registers it
     max_episode_steps: int = 0  # time limit that the data were recorded with; 0: the environment's
     seed: int = 0  # of networks, batches, off-data actions and evaluation episodes
     # CIQL and its networks
     gamma: float = 0.99  # discount
-    tau: float = 0.8  # expectile of V; 0.5 is the mean, towards 1 the best action
+    tau: float = 0.8  # expectile of V; 0.5 is the mean over the data's actions, near 1 their best
     beta: float = 1.0  # inverse temperature of the policy weights; 0 gives behaviour cloning
     alpha: float = 1.0  # weight of the conservative penalty; 0 leaves it out, as in IQL
     num_neg: int = 10  # off-data actions per state in the penalty
@@ -118,13 +120,15 @@ class Config:
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
     threads: int = 0  # CPU threads; 0: one per core, at most four
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
+    matmul_precision: Literal["highest", "high", "medium"] = (
+        "highest"  # high: TF32, medium: bfloat16
+    )
     compile: bool = True  # compile the losses (about a minute once; needs a C++ compiler)
     name: str = ""  # of the run's folder; empty: data set, what is not the default, seed, time
     plot: str = "eval_returns.png"  # picture of the evaluation returns
     out_dir: str = "runs"  # every run makes a folder in here: settings, metrics, checkpoint
     wandb_project: str = ""  # also log to this Weights & Biases project (needs: pip install wandb)
-    film: bool = False  # film an episode of the final or evaluated policy: policy.gif in its folder
+    film: bool = False  # film an episode in the end: policy.gif in the run's folder
     resume: str = ""  # go on from the checkpoint in this run folder, with its settings
     evaluate: str = ""  # train nothing: play the policy of this run folder for eval_episodes
 
@@ -148,8 +152,9 @@ RANGES = {  # intervals as in mathematics: a round bracket leaves its end out
     "eval_episodes": ("[", 1, 2**20, ")"),
     "threads": ("[", 0, 1024, "]"),
 }
-# No gradient step depends on these, given the data. All other settings name a run, and a NOTE lists
-# them when a resumed run changes them: a setting of your own needs its line in Config and no more.
+# These do not make another experiment: what is learned differs by rounding and random draws at most
+# (and by max_steps where the policy's rate decays). All other settings name a run, and a NOTE lists
+# them when a resumed run changes them. A setting of your own is a line in Config and no more.
 NEUTRAL_SETTINGS = {
     "dataset",
     "env_id",
@@ -242,9 +247,14 @@ def varied_words(config: Config) -> list[str]:
 say = tqdm.write  # prints a line of the log on stdout, above the progress bar if there is one
 
 
+def part_of(path: Path) -> Path:
+    """Where this thread writes what becomes ``path`` once it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside ``path``, then rename: ``path`` is at any time the old or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    part = part_of(path)
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -418,9 +428,10 @@ def copy_into(target: nn.Module, latest: nn.Module) -> None:
 class CIQL(nn.Module):
     """Conservative Implicit Q-Learning: the networks, their optimiser, and the gradient step.
 
-    An idea that is no setting is a subclass, given to ``train`` as ``make_agent``. A network that
-    it replaces or adds goes to ``make_optimizer``. A run saves the agent's parameters and buffers,
-    and the state of each attribute that is an optimiser or a learning rate scheduler.
+    To try an idea that is no setting, subclass it and give the class to ``train`` as
+    ``make_agent``. Give networks that you replace or add to ``make_optimizer``. A run saves the
+    agent's parameters and buffers, and the state of each attribute that is an optimiser or a
+    learning rate scheduler.
     """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
@@ -437,10 +448,10 @@ class CIQL(nn.Module):
         self.to(self.device)
         self.make_optimizer(self.policy, self.value, self.critic)
         self.steps = 0  # gradient steps taken
-        self.meter: GapMeter | None = None  # ``prepare`` makes one on the CPU
+        self.meter: GapMeter | None = None  # defined below; ``prepare`` makes one on the CPU
 
     def make_critic(self) -> nn.Module:
-        """The critic; its target is a copy. It has any number of Q."""
+        """The critic; its target is a copy. It may hold any number of Q."""
         return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
 
     def make_optimizer(self, policy: nn.Module, *others: nn.Module) -> None:
@@ -460,10 +471,10 @@ class CIQL(nn.Module):
         return q_bar, y
 
     def losses(self, batch: Transitions) -> tuple[Tensor, Metrics]:
-        """The sum of the three losses without the penalty, (), and figures for the log.
+        """The sum of the losses of V, Q and π without the penalty, (), and figures for the log.
 
-        No loss reaches another's network, as the targets and the advantage have no gradient. So one
-        backward pass of the sum serves all three. The batch must stay as it is.
+        Targets and advantage have no gradient, so each loss trains its own network alone, and one
+        backward pass serves all three. The batch stays as it is: the penalty reads it, too.
         """
         c = self.config
         s = batch.observations
@@ -508,7 +519,7 @@ class CIQL(nn.Module):
     def update(self, data: Transitions) -> Metrics:
         """One gradient step on a batch drawn from ``data``, which ``prepare`` made."""
         c = self.config
-        if not self.on_cpu:  # what the graphs of the last step returned was used: it may go
+        if not self.on_cpu:  # the CUDA graphs may overwrite what the last step returned
             torch.compiler.cudagraph_mark_step_begin()
         index = torch.randint(len(data.rewards), (c.batch_size,), device=self.device)
         batch = Transitions(*(column[index] for column in data))
@@ -528,7 +539,7 @@ class CIQL(nn.Module):
             metrics["q_loss"] = metrics["q_loss"] + c.alpha * penalty
             for number, gap in enumerate(gaps, start=1):
                 metrics[f"gap{number}"] = gap
-            metrics["clamp_open"] = (penalty > 0).float()  # the mean over steps is their share
+            metrics["clamp_open"] = (penalty > 0).float()  # the penalty of any Q acts
 
         if c.policy_lr_decay:
             remaining = (1 + math.cos(math.pi * self.steps / c.max_steps)) / 2
@@ -542,8 +553,9 @@ class CIQL(nn.Module):
     def backward_of_penalty(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
         """Add the gradient of the penalty to that of the losses; returns the gaps, (num_q,).
 
-        ReLU has no gradient below 0, where the gaps nearly always are. So on the CPU they are first
-        measured without one, a third of the work. On CUDA the host would have to wait to know.
+        ReLU has no gradient below 0, and after the first steps the gaps are nearly always there. So
+        on the CPU they are first measured by a forward pass alone, a third of the work. On CUDA the
+        host would have to wait for the result.
         """
         if self.meter:
             gaps = self.meter.result()
@@ -554,13 +566,13 @@ class CIQL(nn.Module):
         return gaps.detach()
 
     def evaluated_policy(self) -> nn.Module:
-        """The policy that evaluations play and ``load_policy`` loads."""
+        """The policy that evaluations play and ``load_policy`` loads; an average of it, perhaps."""
         return self.policy
 
     def prepare(self, data: Transitions) -> Transitions:
         """Normalise the observations, tell the policy how, and move the data to the device."""
         std, mean = torch.std_mean(data.observations, 0)
-        std += 1e-3
+        std += 1e-3  # a constant column must not divide by 0
         self.policy.observation_mean.copy_(mean)
         self.policy.observation_std.copy_(std)
         normalised = data._replace(
@@ -596,7 +608,7 @@ class CIQL(nn.Module):
     def compile_losses(self, data: Transitions) -> None:
         """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
 
-        The example that they are compiled with leaves no trace in networks and random state.
+        Networks and random state are put back after the example that they are compiled with.
         """
         batch, negative_actions = self.example(data)
         how: dict[str, Any] = {"mode": "reduce-overhead"}  # CUDA: kernels are started together
@@ -614,7 +626,7 @@ class CIQL(nn.Module):
                 if self.config.alpha > 0 and self.meter:
                     with torch.no_grad():
                         gaps(self.meter.critic, batch, negative_actions)
-        except Exception as error:  # noqa: BLE001  (one of our own recurs in the eager step)
+        except Exception as error:  # noqa: BLE001  (a bug in ``losses`` is raised by the first step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
             return
@@ -643,7 +655,7 @@ class CIQL(nn.Module):
             if isinstance(part, torch.optim.Optimizer):
                 settings = [dict(group) for group in part.param_groups]
                 part.load_state_dict(state[name])
-                # Its rates and other settings stay those of now, unless a scheduler changes them.
+                # The rates and other settings are those of now, unless a scheduler owns them.
                 for group, own in zip(part.param_groups, settings, strict=True):
                     if "initial_lr" not in group:
                         group.update(own)
@@ -652,9 +664,10 @@ class CIQL(nn.Module):
 
 
 class GapMeter:
-    """Measures the gaps of a CIQL on the CPU without gradient, to know whether the clamp is open.
+    """Measures an agent's gaps on the CPU without gradient, to know whether the clamp is open.
 
-    It has a copy of the critic, as ``losses`` may do anything with the agent's own.
+    It has a copy of the critic. Meanwhile ``losses`` may switch gradients of the agent's own off
+    and on, or call it with other weights.
     """
 
     def __init__(self, agent: CIQL) -> None:
@@ -696,7 +709,7 @@ class GapMeter:
             )
 
     def stop_helper(self) -> None:
-        """Measure in the caller's thread again."""
+        """End its thread."""
         if self.helper:
             self.helper.shutdown()
             self.helper = None
@@ -717,8 +730,8 @@ class Robot(NamedTuple):
         return 100 * (episode_return - self.random_return) / span
 
 
-# Random: the published means; Ant's was measured, as its dynamics have changed since. Expert: the
-# agents of stable-baselines3, d4rl-pybullet issue 2.
+# Random returns: the published means; Ant's was measured, as its dynamics have changed. Expert
+# returns: the agents of stable-baselines3, from issue 2 of d4rl-pybullet.
 ROBOTS = {
     "HalfCheetahBulletEnv-v0": Robot(26, 6, random_return=-1304.0, expert_return=3000.0),
     "HopperBulletEnv-v0": Robot(15, 3, random_return=18.6, expert_return=2500.0),
@@ -742,23 +755,26 @@ DATASETS = {  # of github.com/takuseno/d4rl-pybullet: environment, and key of th
 }
 DOWNLOAD_URL = "https://www.dropbox.com/s/{key}/{dataset}.hdf5?dl=1"
 NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
-SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected, they stand in without a network
+SAMPLES = Path(__file__).resolve().parent / "data"  # re-collected sets for ids without a download
+D4RL = "D4RL's layout"
+D4RL_PYBULLET = "d4rl-pybullet's layout"
+FROM_PYTHON = "transitions from Python"
 
 
 class Dataset(NamedTuple):
     """Logged episodes, as they were read."""
 
-    name: str  # the file, or "data" of the caller's own
+    name: str  # the file, or "data" where the caller gave transitions
     transitions: Transitions
     lengths: np.ndarray  # (E,), steps of each whole episode
     returns: np.ndarray  # (E,), undiscounted
     terminated: np.ndarray  # (E,), bool: did it truly end?
     rows: int  # of the file
-    layout: str
+    layout: str  # one of the three above
     source: str  # how it was re-collected, if it was, or ""
 
 
-Columns = dict[str, np.ndarray]  # of a file, float32, by their keys
+Columns = dict[str, np.ndarray]  # of a file, by their keys
 DIMENSIONS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
 OPTIONAL_DIMENSIONS = {"timeouts": 1, "next_observations": 2}
 
@@ -813,7 +829,7 @@ def read_columns(path: Path) -> tuple[Columns, str]:
         columns["observations"].any(1) | columns["actions"].any(1) | (columns["rewards"] != 0)
     )
     unwritten = rows - 1 - written.max(initial=-1)
-    if unwritten > 1:
+    if unwritten > 1:  # a single row may be of a robot at rest
         raise InputError(f"{path}: the last {unwritten:,} rows are all zero; cut them off")
     return columns, source
 
@@ -860,9 +876,10 @@ def as_d4rl(path: Path, columns: Columns, max_episode_steps: int) -> Columns:
     Raises InputError, with ``path``, for columns that cannot be of this layout.
     """
     is_end = columns["terminals"] == 1
-    is_first = np.insert(is_end[:-1], 0, True)
+    is_first = np.roll(is_end, 1)
+    is_first[:1] = True
     moving_ends = np.count_nonzero(columns["actions"][is_end].any(1))
-    rewarded_starts = np.count_nonzero(columns["rewards"][is_first[: len(is_end)]])
+    rewarded_starts = np.count_nonzero(columns["rewards"][is_first])
     if moving_ends or rewarded_starts:
         raise InputError(
             f"{path}: is of no known layout. In d4rl-pybullet's an episode ends with a row of zero"
@@ -905,15 +922,20 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
     columns, source = read_columns(path)
     rows = len(columns["rewards"])
     if "timeouts" in columns:
-        layout = "D4RL's layout"
+        layout = D4RL
         columns["row"] = np.arange(rows)
+    elif "next_observations" in columns:
+        raise InputError(
+            f"{path}: has 'next_observations', as D4RL's layout has, but no 'timeouts'; add them: 1"
+            " at the last step of an episode that was cut, else 0"
+        )
     else:
-        layout = "d4rl-pybullet's layout"
+        layout = D4RL_PYBULLET
         columns = as_d4rl(path, columns, max_episode_steps)
 
     is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
     first = np.insert(np.flatnonzero(is_end) + 1, 0, 0)
-    lengths = np.diff(first, append=len(is_end))  # the last episode is the one that the file cuts
+    lengths = np.diff(first, append=len(is_end))  # the last piece is incomplete or empty
     longest = lengths.argmax()
     if lengths[longest] > max_episode_steps:
         raise InputError(
@@ -942,7 +964,7 @@ def dataset_of(data: Transitions) -> Dataset:
     terminated = data.terminations.numpy() == 1
     follows = (data.next_observations[:-1] == data.observations[1:]).all(1).numpy()
     is_end = terminated | ~np.append(follows, False)
-    if is_end.sum() > max(terminated.sum() + 1, len(is_end) / 2):
+    if is_end.sum() > max(terminated.sum() + 1, len(is_end) / 2):  # more breaks than steps
         is_end[:] = False
     return Dataset(
         name="data",
@@ -951,7 +973,7 @@ def dataset_of(data: Transitions) -> Dataset:
         returns=returns_of(data.rewards.numpy(), is_end),
         terminated=terminated[is_end],
         rows=len(data.rewards),
-        layout="transitions from Python",
+        layout=FROM_PYTHON,
         source="",
     )
 
@@ -1022,7 +1044,7 @@ def download(url: str, path: Path) -> None:
 
     pooch.get_logger().setLevel("WARNING")
     downloader = pooch.HTTPDownloader(timeout=NETWORK_TIMEOUT, progressbar=sys.stderr.isatty())
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    part = part_of(path)
     try:
         pooch.retrieve(url, None, part.name, path.parent, downloader=downloader)
         read_dataset(part)  # it may be a web page about an error
@@ -1034,7 +1056,7 @@ def download(url: str, path: Path) -> None:
 
 
 def find_dataset(dataset: str) -> Path:
-    """The file of ``dataset``. A NOTE says why it is an embedded sample, if it is.
+    """The file of ``dataset``. If it must be an embedded sample, a NOTE says why.
 
     A path is taken as it is; an id comes from the cache, the network, or the samples. Raises
     InputError if an id has no file.
@@ -1076,10 +1098,12 @@ def note_ends(dataset: Dataset, env_id: str, limit: int) -> None:
         cause = f"{counts.max():,} terminations after just {commonest} steps, the limit is {limit}"
     else:
         return
-    remedy = f"set max_episode_steps (to {commonest}?)"
-    if "D4RL" in dataset.layout:
-        remedy = "mark that in 'timeouts' and not in 'terminals'"
-    say(f"NOTE   {cause}: if episodes were cut, {remedy}")
+    remedies = {
+        D4RL: "mark that in 'timeouts' and not in 'terminals'",
+        D4RL_PYBULLET: f"set max_episode_steps (to {commonest}?)",
+        FROM_PYTHON: "set terminations to 0 there",
+    }
+    say(f"NOTE   {cause}: if episodes were cut, {remedies[dataset.layout]}")
 
 
 def load_dataset(config: Config, env: Any, data: Transitions | None = None) -> Dataset:
@@ -1149,7 +1173,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment(env_id: str, film: bool = False) -> Iterator[Any]:
-    """Context with an environment, ready to be reset. It is closed: one left open costs 6 MB."""
+    """Context with an environment, closed at its end: one left open costs 6 MB."""
     with quiet():
         import gymnasium
         import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
@@ -1158,7 +1182,7 @@ def environment(env_id: str, film: bool = False) -> Iterator[Any]:
         env = gymnasium.make(env_id, **options)
     with contextlib.closing(env):
         with quiet():
-            # The reward of the first episode after creation is off by a constant: thrown away.
+            # After the first reset rewards are off by a constant, so it is reset once more later.
             env.reset(seed=0)
         yield env
 
@@ -1212,15 +1236,19 @@ def play_episode(
 ) -> float:
     """The undiscounted return of an episode, a function of policy and seed alone.
 
-    A ``stop`` ends it early. ``frames`` receives pictures of the first ten seconds. Raises
-    RuntimeError for whatever the environment raises, SystemExit included: that would end a run as
-    if it were complete.
+    A signal in ``stop`` ends it early. ``frames`` receives pictures of the first ten seconds.
+    Raises RuntimeError for whatever the environment raises, SystemExit included: that would end a
+    run as if it were complete.
     """
     import gymnasium
 
     total = 0.0
     try:
-        with environment(env_id, film=frames is not None) as env:
+        with (
+            environment(env_id, film=frames is not None) as env,
+            torch.random.fork_rng([]),  # a policy that samples takes no number from training
+        ):
+            torch.default_generator.manual_seed(seed)
             box = env.action_space
             if not ((box.low == -1) & (box.high == 1)).all():
                 env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -1243,8 +1271,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Play ``policy``, as it is after ``step``; prints a line, returns a row of metrics.csv.
 
-    Each step has episodes of its own, which are the same in every run of a seed. A ``stop`` ends
-    them at once; the row is empty then.
+    Each step has episodes of its own, which are the same in every run of a seed. A signal in
+    ``stop`` ends them at once; the row is empty then.
     """
     env_id = environment_id(config)
     actor = copy.deepcopy(policy).cpu().eval()
@@ -1343,7 +1371,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.csv"
-        self.rows = rows
+        self.rows = rows  # the list in History: what is written here is saved there
         self.wandb = start_wandb(folder, config) if config.wandb_project else None
         # What an earlier process wrote after its last checkpoint is hidden.
         self.board = SummaryWriter(folder, purge_step=rows[-1]["step"] + 1 if rows else 0)
@@ -1410,7 +1438,7 @@ def write_provenance(
     agent: CIQL,
     processes: list[dict[str, Any]],
 ) -> None:
-    """Add what trains from this step on to ``processes``; write config.json, and copy the code."""
+    """Add this process to ``processes``; write config.json, and copy the code."""
     process = {
         "from_step": agent.steps,
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
@@ -1425,8 +1453,8 @@ def write_provenance(
     }
     code = folder / f"code-from-step-{agent.steps}"
     code.mkdir(exist_ok=True)
-    for module in {sys.modules[__name__], sys.modules[type(agent).__module__]}:
-        source = getattr(module, "__file__", None)  # what is typed into Python has none
+    for module in {__name__, type(agent).__module__}:
+        source = getattr(sys.modules.get(module), "__file__", None)  # a notebook has none
         if source:
             shutil.copyfile(source, code / Path(source).name)
     processes.append(process)
@@ -1446,7 +1474,10 @@ def save_checkpoint(
         "version": CHECKPOINT_VERSION,
         "config": json.dumps(dataclasses.asdict(config)),
         "checksum": checksum,  # of the data
-        **vars(history),
+        "rows": history.rows,
+        "sums": history.sums,
+        "counts": history.counts,
+        "processes": history.processes,
         "step": agent.steps,
         "agent_class": type(agent).__name__,
         "agent": agent.training_state(),
@@ -1480,8 +1511,9 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
             raise ValueError("a part of it has changed")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if checkpoint["version"] != CHECKPOINT_VERSION:
-            raise ValueError("a part of it has another meaning")
-        checkpoint["config"] = config_from_json(checkpoint["config"])
+            raise ValueError(f"version {checkpoint['version']}, not {CHECKPOINT_VERSION}")
+        config = config_from_json(checkpoint["config"])
+        checkpoint["config"] = dataclasses.replace(config, resume=str(folder))
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}); name the folder of a run that was evaluated"
@@ -1616,9 +1648,9 @@ def draw(paths: Sequence[Path], curve: Curve, title: str, dataset: Dataset, env_
     axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
+    content = io.BytesIO()
+    figure.savefig(content, format=paths[0].suffix[1:], dpi=110)
     for path in paths:
-        content = io.BytesIO()
-        figure.savefig(content, format=path.suffix[1:], dpi=110)
         write_whole(path, content.getvalue())
 
 
@@ -1689,12 +1721,11 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
 
 
 def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Config, dict[str, Any] | None]:
-    """The settings with which the run goes on from now, and the checkpoint that it goes on from.
+    """The settings, with ``resume`` set to the run's folder, and its checkpoint; None of a new run.
 
-    Their ``resume`` is the run's folder. A folder with a checkpoint stays locked until the
-    ``stack`` ends; a new run has none. A run that is there under the same ``name`` goes on, as the
-    same command comes again when a queue starts a job again. Raises InputError if other settings
-    would change what it learns.
+    A folder with a checkpoint stays locked until the ``stack`` ends. A run that is there under the
+    same ``name`` goes on, so a queue may start a job again by the same command. Raises InputError
+    if that would learn something else.
     """
     folder = folder_of(config)
     is_there = os.path.exists(folder / "checkpoint.pt")
@@ -1723,9 +1754,9 @@ def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Config, dict[
 
 
 def make_folder(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Make and lock the folder of a new run; it goes when the ``stack`` ends if it is of no use.
+    """Make and lock the folder of a new run; it is removed when the ``stack`` ends with no results.
 
-    It may be there of a run that was killed before its first checkpoint. Raises InputError if it
+    It may be left from a run that was killed before its first checkpoint. Raises InputError if it
     cannot be made, or holds something else.
     """
     try:
@@ -1740,12 +1771,12 @@ def make_folder(folder: Path, stack: contextlib.ExitStack) -> None:
     if os.path.exists(folder / "checkpoint.pt"):
         raise InputError(f"another process trained in {folder} meanwhile; start it again")
 
-    def remove_if_useless() -> None:
+    def remove_if_empty() -> None:
         if not any((folder / name).exists() for name in ("metrics.csv", "checkpoint.pt")):
             shutil.rmtree(folder)
 
     if is_new:
-        stack.callback(remove_if_useless)
+        stack.callback(remove_if_empty)
 
 
 def restore(
@@ -1773,7 +1804,7 @@ def restore(
         if checkpoint[key] != type(part).__name__:
             raise InputError(
                 f"{run} holds a {checkpoint[key]}, not a {type(part).__name__}; resume it with the"
-                " make_agent and make_policy that it was trained with"
+                " make_agent, and the script, that it was trained with"
             )
     try:
         agent.load_training_state(checkpoint["agent"])
@@ -1864,7 +1895,7 @@ def saving_on_error(save: Callable[[], None], folder: Path, how_to_go_on: str) -
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(OSError, FloatingPointError):  # the first fault tells
+        with contextlib.suppress(OSError, FloatingPointError):  # the first error is reported
             save()
         if isinstance(error, OSError):
             is_saved = (folder / "checkpoint.pt").exists()
@@ -1935,7 +1966,7 @@ def train(
         is_of_command_line = type(agent) is CIQL and data is None
         how_to_go_on = f"--resume {shlex.quote(str(folder))}"
         if not is_of_command_line:
-            how_to_go_on = f"train in Python, where config.resume is {str(folder)!r}"
+            how_to_go_on = f"train in Python, with config.resume {str(folder)!r}"
 
         def save() -> None:
             check_finite(agent, history.sums, prepared)
@@ -1963,9 +1994,9 @@ def train(
                     row = evaluate(agent.evaluated_policy(), config, agent.steps, stop)
                     if stop:
                         break
+                    draw(pictures, curve_of([*history.rows, row]), title, dataset, env_id)
                     log.write(row)
                     save()
-                    draw(pictures, curve_of(history.rows), title, dataset, env_id)
                     if report:
                         report(row, folder)
                     evaluated = timed = agent.steps
@@ -1994,7 +2025,7 @@ def train(
         playing = how_to_go_on.replace("--resume", "--evaluate")
         say(f"next   {playing} --film, or {how_to_go_on} --max-steps {2 * config.max_steps}")
     else:
-        say(f"next   load_policy({str(folder)!r}, ...), or {how_to_go_on} and max_steps is more")
+        say(f"next   load_policy({str(folder)!r}, ...), or {how_to_go_on} and a larger max_steps")
     return folder, curve
 
 
@@ -2007,13 +2038,12 @@ def parse(arguments: Sequence[str]) -> Config:
     import tyro
 
     config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py")
-    check(config)
     run = config.resume or config.evaluate
     if run:
         own = {"resume": config.resume, "evaluate": config.evaluate, "film": False, "name": ""}
         saved = dataclasses.replace(load_checkpoint(run)["config"], **own)
         config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py", default=saved)
-        check(config)
+    check(config)
     return config
 
 
@@ -2063,7 +2093,7 @@ def main() -> None:
         complain(error)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
-        # torch has a class for it on CUDA alone; a cause is that of an environment.
+        # On the CPU torch raises a plain RuntimeError; one with a cause is of an environment.
         kinds = (MemoryError, torch.OutOfMemoryError)
         on_cpu = "allocate memory" in str(error) and error.__cause__ is None
         if not isinstance(error, kinds) and not on_cpu:

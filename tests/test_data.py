@@ -208,7 +208,7 @@ def nothing(columns, rows):
 
 NEITHER = {
     "steps at the end rows": (
-        lambda path: write_file(path, *D4RL, timeouts=None),
+        lambda path: write_file(path, *D4RL, timeouts=None, next_observations=None),
         "no known layout",
         "(here 3 of 3 do not)",
     ),
@@ -236,6 +236,10 @@ NEITHER = {
     "the tail's timeouts lost": (
         lambda path: write_file(path, *half_marked(5, marked=(0, 1))),
         "an episode of 12 steps, from row 8 on, but the time limit is 4",
+    ),
+    "next observations without timeouts": (
+        lambda path: write_file(path, episode(4, 1), next_observations=np.ones((5, 2))),
+        "has 'next_observations', as D4RL's layout has, but no 'timeouts'; add them",
     ),
     "rows never written": (
         lambda path: write_file(path, episode(4, 1), episode(3, 10), nothing(episode(4, 0), 900)),
@@ -569,7 +573,7 @@ def test_training_on_ones_own_transitions(lab, monkeypatch, capsys):
     *_, title, dataset, env_id = drawn[-1]
     assert title.startswith("CIQL on own-transitions\n") and env_id == "lab:Lab-v0"
     assert dataset.returns.tolist() == [10, 8]
-    assert "--resume" not in out and "train in Python, where config.resume is" in out
+    assert "--resume" not in out and "train in Python, with config.resume" in out
     with pytest.raises(InputError, match="env_id is not set"):
         train(Config(), data)
 

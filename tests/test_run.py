@@ -39,6 +39,7 @@ from ciql_pybullet import (
     Config,
     GaussianPolicy,
     InputError,
+    curve_of,
     evaluate,
     final_return,
     load_checkpoint,
@@ -502,6 +503,22 @@ def test_threads_are_kept_with_the_run(lab, no_pictures, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     train(dataclasses.replace(config, name="", resume="runs/run", max_steps=60))
     assert load_checkpoint("runs/run")["config"].threads == 4
+
+
+def test_policy_that_samples(lab, no_pictures, monkeypatch):
+    """Its evaluations take no random number from training, and an episode is that of its seed."""
+    config = Config(**LAB_SETTINGS)
+    usual, _ = train(config)
+    act = GaussianPolicy.act
+    sampled = lambda policy, x: act(policy, x) + torch.rand(1).numpy() / 10
+    monkeypatch.setattr(GaussianPolicy, "act", sampled)
+    runs = [train(dataclasses.replace(config, name=name)) for name in ("one", "other")]
+    for folder, _ in runs:
+        left, right = load_checkpoint(usual), load_checkpoint(folder)
+        for name, tensor in left["policy"].items():
+            assert torch.equal(tensor, right["policy"][name])
+    assert (runs[0][1].means == runs[1][1].means).all()
+    assert (runs[0][1].means != curve_of(left["rows"]).means).all()
 
 
 def test_lines_that_cannot_be_printed(lab, no_pictures, monkeypatch):
