@@ -37,16 +37,8 @@ def random_data(shift):
 
 def mean_return(seed, shift=0, **recipe):
     """Of the learned policy's mean actions, over 100 episodes."""
-    config = Config(
-        device="cpu",
-        hidden_sizes=(32, 32),
-        batch_size=128,
-        lr=3e-3,
-        gamma=0.9,
-        max_steps=600,
-        alpha=0,
-        **recipe,
-    )
+    sizes = {"hidden_sizes": (32, 32), "batch_size": 128, "max_steps": 600}
+    config = Config(device="cpu", lr=3e-3, gamma=0.9, alpha=0, **sizes, **recipe)
     torch.manual_seed(seed)
     agent = CIQL(2, 2, config)
     data = agent.prepare(random_data(shift))

@@ -1,5 +1,6 @@
 """Studies: what runs they are made of, their statistics, and how they stop, go on and grow."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -556,89 +557,73 @@ def workers_of(process):
     return found
 
 
-@pytest.mark.slow
-def test_ctrl_c_and_a_worker_that_is_killed(lab, monkeypatch, command):
-    """Ctrl-C to the group while a run waits for a core; then the workers of the resumed study die.
+@contextlib.contextmanager
+def cluster(folder):
+    """A Ray cluster of two nodes, a core each: its address, and the processes of the nodes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block"]
+    head = ["--head", "--include-dashboard=false", f"--port={address.split(':')[1]}"]
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for n, arguments in enumerate((head, [f"--address={address}"])):
+            path = folder / f"node{n}.txt"
+            log = stack.enter_context(open(path, "w"))
+            node = subprocess.Popen([*ray, *arguments], cwd="/", stdout=log, stderr=log)
+            stack.callback(node.wait)
+            stack.callback(node.terminate)
+            nodes.append(node)
+            wait_for(lambda path=path: "Ray runtime started" in path.read_text())
+        yield address, nodes
 
-    Both go on where they were, and the run is what it is alone, to the bit.
+
+@pytest.mark.slow
+def test_stopped_and_killed_on_two_nodes(lab, tmp_path_factory, monkeypatch, command):
+    """Ctrl-C while a run waits for a core; then, on a cluster, a worker and a node die.
+
+    Each run goes on where it was, elsewhere if need be, and is what it is alone, to the bit.
     """
-    settings = ["--max-steps", "200", "--grid", "alpha", "0", "1", "--study", "s"]
-    checkpoint = lab / "s" / "data-CIQL-alpha0-seed0" / "checkpoint.pt"
+    settings = ["--max-steps", "400", "--eval-interval", "40"]
+    arguments = [*DATA, *settings, "--grid", "alpha", "0", "1", "--study", "s"]
+    names = [f"data-CIQL-alpha{alpha}-seed0" for alpha in "01"]
+    checkpoints = [lab / "s" / name / "checkpoint.pt" for name in names]
     monkeypatch.setenv("LAB_PAUSE", "0.05")
-    process = start_study(*DATA, *settings, "--threads", "0")  # of which one runs at a time
-    wait_for(checkpoint.exists)
+    process = start_study(*arguments, "--threads", "0")  # of which one runs at a time
+    wait_for(checkpoints[0].exists)
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=100)
     assert (process.returncode, error) == (130, ""), out
     assert out.endswith("stopped; go on with the same command\n") and "Traceback" not in out
     stopped, waiting = rows_of(lab / "s" / "summary.csv")
     assert stopped["state"] == waiting["state"] == "incomplete"
-    assert 20 <= int(stopped["step"]) < 200 and not int(waiting["step"] or 0)
-    assert "stopped at step" in (lab / "s" / "data-CIQL-alpha0-seed0.log").read_text()
+    assert 40 <= int(stopped["step"]) < 400 and not int(waiting["step"] or 0)
+    assert "stopped at step" in (lab / "s" / f"{names[0]}.log").read_text()
 
-    saved = checkpoint.stat().st_mtime_ns
-    process = start_study(*DATA, *settings)
-    wait_for(lambda: checkpoint.stat().st_mtime_ns > saved)
-    monkeypatch.setenv("LAB_PAUSE", "0")
-    killed = workers_of(process)
-    assert killed
-    for worker, number in zip(killed, (signal.SIGKILL, signal.SIGTERM), strict=False):
-        worker.send_signal(number)
-    out, error = process.communicate(timeout=300)
-    assert (process.returncode, error) == (0, ""), out
-    assert "2 of them to train" in out and "data-CIQL-alpha1-seed0 is complete" in out
-    log = (lab / "s" / "data-CIQL-alpha0-seed0.log").read_text()
-    starts = [int(step) for step in re.findall(r"^run .* from step (\d+)$", log, re.MULTILINE)]
-    assert starts[:2] == [0, int(stopped["step"])] and starts[1] < starts[2]
-    assert "train:" not in log  # no progress bar
-    for alpha in "01":
-        folder = lab / "s" / f"data-CIQL-alpha{alpha}-seed0"
-        assert_is_as_alone(command, folder, "--max-steps", "200", "--alpha", alpha)
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """A Ray cluster of two nodes, a core each: its address, and the process of the second node."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("LAB_PAUSE", "0.05")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block"]
-    head = ["--head", "--include-dashboard=false", f"--port={port}"]
-    nodes = []
-    for n, arguments in enumerate((head, [f"--address=127.0.0.1:{port}"])):
-        path = tmp_path.parent / f"node{n}.txt"
-        with open(path, "w") as log:
-            nodes.append(subprocess.Popen([*ray, *arguments], cwd="/", stdout=log, stderr=log))
-        wait_for(lambda path=path: "Ray runtime started" in path.read_text())
-    monkeypatch.delenv("LAB_PAUSE")
-    yield f"127.0.0.1:{port}", nodes[1]
-    for node in reversed(nodes):
-        node.terminate()
-        node.wait()
-
-
-@pytest.mark.slow
-def test_a_cluster_loses_a_node(lab, cluster, command):
-    """Two runs on two nodes; a raylet is killed on the way, and its run goes on elsewhere."""
-    address, second = cluster
-    settings = ["--max-steps", "400", "--eval-interval", "40"]
-    grid = ["--grid", "alpha", "0", "1", "--study", "s", "--ray-address", address]
-    driver = start_study(*DATA, *settings, *grid)
-    names = ["data-CIQL-alpha0-seed0", "data-CIQL-alpha1-seed0"]
-    wait_for(lambda: all((lab / "s" / name / "checkpoint.pt").exists() for name in names))
-    assert len(workers_of(second)) == 1
-    for child in psutil.Process(second.pid).children(recursive=True):
-        if child.name() == "raylet":
-            child.kill()
-    out, error = driver.communicate(timeout=400)
-    assert driver.returncode == 0, out + error
-    logs = [(lab / "s" / f"{name}.log").read_text() for name in names]
-    (resumed,) = [log for log in logs if "the run goes on" in log]
-    assert re.search(r"^run .* from step [1-9]\d+$", resumed, re.MULTILINE)
-    for row in rows_of(lab / "s" / "summary.csv"):
-        folder = lab / "s" / row["folder"]
-        assert_is_as_alone(command, folder, *settings, "--alpha", row["alpha"])
+    saved = checkpoints[0].stat().st_mtime_ns
+    with cluster(tmp_path_factory.mktemp("nodes")) as (address, (first, second)):
+        monkeypatch.delenv("LAB_PAUSE")
+        process = start_study(*arguments, "--ray-address", address)
+        wait_for(lambda: checkpoints[0].stat().st_mtime_ns > saved and checkpoints[1].exists())
+        (worker,) = workers_of(first)
+        worker.terminate()
+        assert len(workers_of(second)) == 1
+        for child in psutil.Process(second.pid).children(recursive=True):
+            if child.name() == "raylet":
+                child.kill()
+        out, error = process.communicate(timeout=400)
+    assert (process.returncode, error) == (0, ""), out
+    assert "2 of them to train" in out and f"{names[1]} is complete" in out
+    starts = []
+    for name in names:
+        log = (lab / "s" / f"{name}.log").read_text()
+        assert "train:" not in log  # no progress bar
+        steps = re.findall(r"^run .* from step ([\d,]+)$", log, re.MULTILINE)
+        starts.append([int(step) for step in steps])
+        alpha = name.partition("alpha")[2][0]
+        assert_is_as_alone(command, lab / "s" / name, *settings, "--alpha", alpha)
+    assert starts[0][:2] == [0, int(stopped["step"])] and starts[0][1] < starts[0][2]
+    assert starts[1][0] == 0 < starts[1][1]
