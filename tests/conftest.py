@@ -117,13 +117,14 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def fails(command, tmp_path):
-    """A function that runs a command line which fails in one line and changes no file."""
+    """A function that runs a command line of bad input: exit code 2, one line, no file changed."""
 
-    def run(*arguments, named="", code=2, main=ciql_pybullet.main):
+    def run(*arguments, named, main=ciql_pybullet.main):
         before = snapshot(tmp_path)
-        found, _, error = command(*arguments, main=main)
-        assert (found, error.count("\n"), error[-1:]) == (code, 1, "\n"), error
-        assert named in error
+        code, _, error = command(*arguments, main=main)
+        assert (code, error.count("\n"), error[-1:]) == (2, 1, "\n"), error
+        for words in [named] if isinstance(named, str) else named:
+            assert words in error
         assert snapshot(tmp_path) == before
 
     return run

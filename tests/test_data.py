@@ -1,7 +1,6 @@
 """Reading of both layouts, on files the tests write; where data come from; other environments."""
 
 import pwd
-import textwrap
 from pathlib import Path
 
 import gymnasium
@@ -381,11 +380,20 @@ STILL = dict.fromkeys(SAME, torch.zeros(6, 15))
     ("data", "named"),
     [
         (own_transitions(observation_dim=14), "(6, 14), but torch.float32 (6, 15) fits"),
+        (
+            own_transitions(action_dim=2),
+            "actions is torch.float32 (6, 2), but torch.float32 (6, 3)",
+        ),
         (own_transitions(next_observations=torch.zeros(6, 3)), "next_observations is"),
         (own_transitions(rewards=torch.zeros(6, 1)), "rewards is torch.float32 (6, 1)"),
         (own_transitions(rewards=torch.zeros(6).double()), "rewards is torch.float64 (6,)"),
         (own_transitions(rewards=torch.full((6,), np.nan)), "rewards holds NaN"),
+        (
+            own_transitions(observations=torch.full((6, 15), np.inf)),
+            "observations holds NaN or inf",
+        ),
         (own_transitions(terminations=torch.full((6,), 0.5)), "other than 0 and 1"),
+        (own_transitions(actions=torch.full((6, 3), 1.5)), "outside the action box (up to 1.5)"),
         (own_transitions(actions=torch.full((6, 3), -1.5)), "outside the action box (up to 1.5)"),
         (own_transitions(1), "two at least"),
         (own_transitions(**SAME), "next_observations are the observations; shift them"),
@@ -490,48 +498,47 @@ def test_training_on_ones_own_transitions(lab, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------- other environments
 ENVIRONMENTS = """
-    import sys
-    import gymnasium
-    import numpy as np
+import sys
+import gymnasium
+import numpy as np
 
-    class Paid(gymnasium.Env):
-        # It pays the first action, and a hundred times the second.
-        observation_space = gymnasium.spaces.Box(-1, 1, (2,))
-        action_space = gymnasium.spaces.Box(np.float32([-2, 0]), np.float32([2, 4]))
+class Paid(gymnasium.Env):
+    # It pays the first action, and a hundred times the second.
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(np.float32([-2, 0]), np.float32([2, 4]))
 
-        def reset(self, seed=None, options=None):
-            super().reset(seed=seed)
-            return np.zeros(2, np.float32), {}
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
 
-        def step(self, action):
-            return np.zeros(2, np.float32), action[0] + 100 * action[1], False, False, {}
+    def step(self, action):
+        return np.zeros(2, np.float32), action[0] + 100 * action[1], False, False, {}
 
-    def register(name, limit=3, **changed):
-        gymnasium.register(f"{name}-v0", type(name, (Paid,), changed), max_episode_steps=limit)
+def register(name, limit=3, **changed):
+    gymnasium.register(f"{name}-v0", type(name, (Paid,), changed), max_episode_steps=limit)
 
-    def giving(observation, reward):
-        observation = np.float32(observation)
-        return {"step": lambda self, action: (observation, reward, False, False, {})}
+def giving(observation, reward):
+    return {"step": lambda self, action: (np.float32(observation), reward, False, False, {})}
 
-    register("Paid")
-    register("Endless", limit=None)
-    register("Unbounded", action_space=gymnasium.spaces.Box(-np.inf, np.inf, (2,)))
-    register("Narrow", action_space=gymnasium.spaces.Box(np.float32([-2, 3]), np.float32([2, 3])))
-    register("Picture", observation_space=gymnasium.spaces.Box(0, 1, (8, 8)))
-    register("Restless", __init__=lambda self, mass: None)
-    register("Unpaid", **giving([0, 0], np.nan))
-    register("Wordy", **giving([0, 0], "much"))
-    register("Lost", **giving([np.nan, 0], 0.0))
-    register("Short", **giving([0], 0.0))
-    register("Broken", step=lambda self, action: 1 / 0)
-    register("Quitter", step=lambda self, action: sys.exit())
+register("Paid")
+register("Endless", limit=None)
+register("Unbounded", action_space=gymnasium.spaces.Box(-np.inf, np.inf, (2,)))
+register("Narrow", action_space=gymnasium.spaces.Box(np.float32([-2, 3]), np.float32([2, 3])))
+register("Picture", observation_space=gymnasium.spaces.Box(0, 1, (8, 8)))
+register("Restless", __init__=lambda self, mass: None)
+register("Unpaid", **giving([0, 0], np.nan))
+register("Wordy", **giving([0, 0], "much"))
+register("Lost", **giving([np.nan, 0], 0.0))
+register("Short", **giving([0], 0.0))
+register("Broken", step=lambda self, action: 1 / 0)
+register("Quitter", step=lambda self, action: sys.exit())
 """
 
 
 @pytest.fixture
 def environments(tmp_path, monkeypatch):
     """A module that registers environments."""
-    (tmp_path / "environments.py").write_text(textwrap.dedent(ENVIRONMENTS))
+    (tmp_path / "environments.py").write_text(ENVIRONMENTS)
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -570,8 +577,7 @@ def test_environment_that_is_wrong(environments, fails, tmp_path, env_id, cause)
     """One line at the start that names it, exit code 2, and no folder."""
     hopper_file(tmp_path / "data.hdf5")
     arguments = ["--dataset", "data.hdf5", "--env-id", env_id, "--no-compile"]
-    fails(*arguments, named=f"env_id is {env_id}, which CIQL cannot act in")
-    fails(*arguments, named=cause)
+    fails(*arguments, named=(f"env_id is {env_id}, which CIQL cannot act in", cause))
 
 
 SMALL = {"max_steps": 20, "eval_interval": 10, "threads": 1}

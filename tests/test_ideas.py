@@ -18,8 +18,16 @@ CONFIG = Config(
 
 
 class FourCritics(CIQL):
+    """And the penalty of CQL(H): a soft maximum over the off-data actions."""
+
     def make_critic(self):
         return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes, number=4)
+
+    def gaps(self, critic, batch, negative_actions):
+        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
+        q_neg = critic(s_neg, negative_actions.flatten(0, 1))
+        q_neg = q_neg.unflatten(-1, (-1, self.config.num_neg)).logsumexp(-1)
+        return (q_neg - critic(batch.observations, batch.actions)).mean(-1)
 
 
 class OtherLayers(CIQL):
@@ -94,17 +102,6 @@ class TD3BC(CIQL):
         return loss - q.mean() / scale, metrics | {"scale": scale}
 
 
-class LogSumExp(CIQL):
-    """The penalty of CQL(H): a soft maximum over the off-data actions."""
-
-    def gaps(self, critic, batch, negative_actions):
-        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
-        q_neg = critic(s_neg, negative_actions.flatten(0, 1)).unflatten(
-            -1, (-1, self.config.num_neg)
-        )
-        return (q_neg.logsumexp(-1) - critic(batch.observations, batch.actions)).mean(-1)
-
-
 class AdamWCosine(CIQL):
     def make_optimizer(self, policy, *others):
         super().make_optimizer(policy, *others)
@@ -117,16 +114,8 @@ class AdamWCosine(CIQL):
         return metrics
 
 
-class NoisyTargets(CIQL):
-    """Random numbers in ``losses``: the data's actions are smoothed."""
-
-    def losses(self, batch):
-        noise = 0.1 * torch.randn_like(batch.actions)
-        return super().losses(batch._replace(actions=(batch.actions + noise).clamp(-1, 1)))
-
-
 class Auxiliary(CIQL):
-    """A network that predicts the next observation; its loss is a column."""
+    """A network that predicts the next observation from noisy actions; its loss is a column."""
 
     def __init__(self, observation_dim, action_dim, config):
         super().__init__(observation_dim, action_dim, config)
@@ -135,7 +124,8 @@ class Auxiliary(CIQL):
 
     def losses(self, batch):
         loss, metrics = super().losses(batch)
-        predicted = self.model(torch.cat([batch.observations, batch.actions], -1))
+        noisy = batch.actions + 0.1 * torch.randn_like(batch.actions)
+        predicted = self.model(torch.cat([batch.observations, noisy], -1))
         model_loss = ((predicted - batch.next_observations) ** 2).mean()
         return loss + model_loss, metrics | {"model_loss": model_loss.detach()}
 
@@ -214,12 +204,12 @@ def test_idea(idea):
 
 @pytest.mark.parametrize("idea", IDEAS)
 def test_traced_idea(idea, monkeypatch, capsys):
-    """What the compiler traces of it, without machine code, takes the same steps."""
+    """What the compiler traces of it, without machine code, takes the steps of the eager one."""
     compile_with = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph, options: compile_with(f, backend="aot_eager")
     )
-    agent, history = hundred_steps(idea, compiled=True)
-    again, same = hundred_steps(idea, compiled=True)
-    assert history == same
-    assert_same(agent, again)
+    _, history = hundred_steps(idea, compiled=True)
+    _, eager = hundred_steps(idea)
+    for traced_row, row in zip(history, eager, strict=True):
+        assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
