@@ -32,6 +32,15 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def one_thread():
+    """As ``train`` does where there is a penalty; more would be slower for small networks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # -------------------------------------------------------------------------------------------- files
 def episode(steps, first, observation_dim=2, action_dim=1, closed=True):
     """Rows of an episode in d4rl-pybullet's layout, all numbers told apart by ``first``."""

@@ -23,18 +23,10 @@ S = 5  # observation_dim
 A = 3  # action_dim
 B = 8  # batch
 K = 4  # off-data actions
-SETTINGS = {"hidden_sizes": (5, 4), "batch_size": B, "num_neg": K, "lr": 1e-3, "polyak": 0.05}
+SETTINGS = {"hidden_sizes": (8, 7), "batch_size": B, "num_neg": K, "lr": 1e-3, "polyak": 0.05}
 CONFIG = Config(device="cpu", tau=0.7, beta=2.0, alpha=1.5, gamma=0.9, **SETTINGS)
 TRAINED = ("policy", "value", "critic")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As ``train`` does where there is a penalty."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------- the reference

@@ -151,7 +151,7 @@ BAD_FILES = {
     "wide rewards": (replaced(rewards=np.ones((132, 2))), "rewards of shape (132, 2)"),
     "terminal of a half": (replaced(terminals=HALF), "other than 0 and 1"),
     "timeout of a half": (replaced(timeouts=HALF), "'timeouts' holds values other than 0 and 1"),
-    "infinity": (replaced(rewards=np.r_[0, np.full(131, np.inf)]), "rewards holds NaN or infinite"),
+    "infinity": (replaced(rewards=np.r_[0, np.inf, np.zeros(130)]), "rewards holds NaN or"),
     "no rows": (first_rows(0), "holds 0 transitions, but training needs two"),
     "one row": (first_rows(1), "holds 0 transitions"),
     "two rows": (first_rows(2), "holds 1 transitions"),

@@ -10,6 +10,7 @@ from torch import nn
 import ciql_pybullet
 from ciql_pybullet import CIQL, Config, QNetworks, mlp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 S = 5  # observation_dim
 A = 2  # action_dim
 CONFIG = Config(

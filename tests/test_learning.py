@@ -5,6 +5,7 @@ import torch
 
 from ciql_pybullet import CIQL, Config, Transitions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 20  # of an episode
 
 
