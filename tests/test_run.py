@@ -650,6 +650,9 @@ def wandb_rows(folder):
 @pytest.mark.slow
 def test_wandb_has_the_rows_of_metrics_csv(lab, no_pictures, monkeypatch):
     """Offline: each row once, also after a resume, and for the second run of a process."""
+    import wandb
+
+    wandb.teardown()  # it would keep the settings of an earlier test
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("HOME", str(lab))
     train(lab_config(wandb_project="p", name="a#b"))
