@@ -8,6 +8,7 @@ computes all the time.
 import argparse
 import contextlib
 import copy
+import functools
 import multiprocessing
 import platform
 import statistics
@@ -33,19 +34,25 @@ class Textbook:
     """CIQL as people write it: an Adam per network, loops, .item(), numpy indices, no tricks."""
 
     def __init__(self, data, alpha):
-        def mlp(inputs, outputs):
-            return nn.Sequential(
-                nn.Linear(inputs, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, outputs)
-            )
-
         self.data, self.alpha = [column.numpy() for column in data], alpha
-        self.q1, self.q2, self.v, self.pi = mlp(S + A, 1), mlp(S + A, 1), mlp(S, 1), mlp(S, A)
         self.log_std = nn.Parameter(torch.zeros(A))
+        self.q1, self.q1_optimizer = self.network(S + A, 1)
+        self.q2, self.q2_optimizer = self.network(S + A, 1)
+        self.v, self.v_optimizer = self.network(S, 1)
+        self.pi, self.pi_optimizer = self.network(S, A, self.log_std)
         self.target1, self.target2 = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
-        self.q1_optimizer = torch.optim.Adam(self.q1.parameters(), lr=3e-4)
-        self.q2_optimizer = torch.optim.Adam(self.q2.parameters(), lr=3e-4)
-        self.v_optimizer = torch.optim.Adam(self.v.parameters(), lr=3e-4)
-        self.pi_optimizer = torch.optim.Adam([*self.pi.parameters(), self.log_std], lr=3e-4)
+
+    @staticmethod
+    def network(inputs, outputs, *more):
+        hidden = [nn.Linear(inputs, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU()]
+        layers = nn.Sequential(*hidden, nn.Linear(H, outputs))
+        return layers, torch.optim.Adam([*layers.parameters(), *more], lr=3e-4)
+
+    @staticmethod
+    def minimize(optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     def step(self):
         index = np.random.randint(len(self.data[2]), size=B)
@@ -81,12 +88,6 @@ class Textbook:
                 p_target.data.copy_(0.995 * p_target.data + 0.005 * p.data)
         return v_loss.item(), q_losses, pi_loss.item()
 
-    @staticmethod
-    def minimize(optimizer, loss):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
 
 KINDS = {  # of step: settings, None for the textbook's
     "textbook": None,
@@ -104,9 +105,10 @@ def serve_steps(connection, alpha, settings):
     with torch_settings(config):
         agent = CIQL(S, A, config)
         ready = agent.prepare(data)
+        step = functools.partial(agent.update, ready)
         if settings is None:
             torch.set_num_threads(2)
-            textbook = Textbook(ready, alpha)
+            step = Textbook(ready, alpha).step
         elif alpha > 0 and config.threads > 1:
             agent.meter.start_helper(ready)
         if settings is not None and config.compile:
@@ -115,10 +117,7 @@ def serve_steps(connection, alpha, settings):
             count = connection.recv()
             start = time.perf_counter()
             for _ in range(count):
-                if settings is None:
-                    textbook.step()
-                else:
-                    agent.update(ready)
+                step()
             connection.send((time.perf_counter() - start) / count)
 
 
@@ -166,9 +165,8 @@ def main():
     arguments = parser.parse_args()
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}", end=", ")
     print(f"Python {platform.python_version()}\n")
-    print(
-        "| α | step | steps/s | beside one busy process | times textbook |\n|---|---|---|---|---|"
-    )
+    print("| α | step | steps/s | beside one busy process | times textbook |")
+    print("|---|---|---|---|---|")
     for alpha in (1.0, 0.0):
         with contextlib.ExitStack() as stack:
             kinds = {name: start_kind(stack, alpha, own) for name, own in KINDS.items()}

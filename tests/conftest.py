@@ -1,5 +1,6 @@
 """Files, processes and settings that the tests share."""
 
+import contextlib
 import csv
 import signal
 import sys
@@ -17,7 +18,7 @@ SAMPLE = ROOT / "data" / "halfcheetah-bullet-medium-sample.hdf5"
 sys.path.insert(0, str(ROOT))
 
 import ciql_pybullet
-from ciql_pybullet import Transitions
+from ciql_pybullet import Config, InputError, Transitions
 
 # What nohup and shells ignore for what they start, the programs under test would ignore as well.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -34,6 +35,15 @@ def own_cache(monkeypatch, tmp_path):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread():
+    """As ``train`` does where there is a penalty; more would be slower for small networks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # -------------------------------------------------------------------------------------------- files
 def episode(steps, first, observation_dim=2, action_dim=1, closed=True):
     """Rows of an episode in d4rl-pybullet's layout, all numbers told apart by ``first``."""
@@ -46,12 +56,8 @@ def episode(steps, first, observation_dim=2, action_dim=1, closed=True):
     if closed:
         actions[-1] = 0
         terminals[-1] = 1
-    return {
-        "observations": observations,
-        "actions": actions,
-        "rewards": rewards,
-        "terminals": terminals,
-    }
+    columns = {"observations": observations, "actions": actions}
+    return columns | {"rewards": rewards, "terminals": terminals}
 
 
 def write_file(path, *episodes, two_dimensional=False, **replaced):
@@ -65,17 +71,26 @@ def write_file(path, *episodes, two_dimensional=False, **replaced):
     return path
 
 
-def hopper_file(path, **replaced):
-    """A small file that fits HopperBulletEnv-v0: two episodes that fell, one that the file cuts."""
+def small_file(path, lengths, observation_dim, action_dim, **replaced):
+    """Episodes of these lengths with random observations; the file cuts the last one."""
+    dims = (observation_dim, action_dim)
+    episodes = [episode(steps, 0, *dims) for steps in lengths[:-1]]
+    episodes.append(episode(lengths[-1], 0, *dims, closed=False))
     rng = np.random.default_rng(0)
-    episodes = [
-        episode(40, 0, 15, 3),
-        episode(60, 0, 15, 3),
-        episode(30, 0, 15, 3, closed=False),
-    ]
     for e in episodes:
         e["observations"] = rng.normal(size=e["observations"].shape)
+        e["rewards"] /= 1000
     return write_file(path, *episodes, **replaced)
+
+
+def hopper_file(path, **replaced):
+    """A small file that fits HopperBulletEnv-v0: two episodes that fell, one that the file cuts."""
+    return small_file(path, (40, 60, 30), 15, 3, **replaced)
+
+
+def lab_file(path, **replaced):
+    """A small file that fits the Lab below: two episodes cut by its time limit, one by the file."""
+    return small_file(path, (10, 10, 9), 3, 1, **replaced)
 
 
 def metrics(folder):
@@ -94,17 +109,48 @@ def snapshot(folder):
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-# ---------------------------------------------------------------------------------------- processes
-def run_main(monkeypatch, capsys, arguments, main=ciql_pybullet.main):
-    """Run a command line in this process: its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["program", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+# ------------------------------------------------------------------------------------ command lines
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A function that runs a command line in this process: its exit code, stdout and stderr."""
+
+    def run(*arguments, main=ciql_pybullet.main):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(command, tmp_path):
+    """A function that runs a command line of bad input: exit code 2, one line, no file changed."""
+
+    def run(*arguments, named, main=ciql_pybullet.main):
+        before = snapshot(tmp_path)
+        code, _, error = command(*arguments, main=main)
+        assert (code, error.count("\n"), error[-1:]) == (2, 1, "\n"), error
+        for words in [named] if isinstance(named, str) else named:
+            assert words in error
+        assert snapshot(tmp_path) == before
+
+    return run
+
+
+@contextlib.contextmanager
+def refused(*named):
+    """Context that ends by an InputError of one line, which has these words."""
+    with pytest.raises(InputError) as error:
+        yield error
+    text = str(error.value)
+    assert "\n" not in text
+    for words in named:
+        assert words in text
 
 
 # --------------------------------------------------------------------------- an environment of ours
@@ -177,14 +223,8 @@ def flags(**settings):
 LAB_FLAGS = flags(**LAB_SETTINGS)
 
 
-def lab_file(path, **replaced):
-    """A small file that fits the Lab: two episodes cut by its time limit, one by the file."""
-    rng = np.random.default_rng(0)
-    episodes = [episode(10, 0, 3, 1), episode(10, 0, 3, 1), episode(9, 0, 3, 1, closed=False)]
-    for e in episodes:
-        e["observations"] = rng.normal(size=e["observations"].shape)
-        e["rewards"] /= 1000
-    return write_file(path, *episodes, **replaced)
+def lab_config(**settings):
+    return Config(**(LAB_SETTINGS | settings))
 
 
 @pytest.fixture
@@ -205,6 +245,7 @@ def no_pictures(monkeypatch):
 
 
 def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
+    """Transitions of random numbers; ``replaced`` columns stand in."""
     columns = {
         "observations": torch.randn(n, observation_dim),
         "actions": torch.rand(n, action_dim) * 2 - 1,

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 from ciql_pybullet import (
     CIQL,
     Config,
     GaussianPolicy,
-    InputError,
     Transitions,
     ValueNetwork,
     awr_weights,
@@ -23,28 +23,10 @@ S = 5  # observation_dim
 A = 3  # action_dim
 B = 8  # batch
 K = 4  # off-data actions
-CONFIG = Config(
-    device="cpu",
-    hidden_sizes=(8, 7),
-    batch_size=B,
-    num_neg=K,
-    tau=0.7,
-    beta=2.0,
-    alpha=1.5,
-    gamma=0.9,
-    polyak=0.05,
-    lr=1e-3,
-)
+SETTINGS = {"hidden_sizes": (8, 7), "batch_size": B, "num_neg": K, "lr": 1e-3, "polyak": 0.05}
+CONFIG = Config(device="cpu", tau=0.7, beta=2.0, alpha=1.5, gamma=0.9, **SETTINGS)
 TRAINED = ("policy", "value", "critic")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As ``train`` does where there is a penalty."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------- the reference
@@ -89,11 +71,11 @@ def reference(p, frozen, batch, negatives, c):
     y = [r[i] if terminated[i] else r[i] + c.gamma * v_next[i] for i in range(len(r))]
     q1 = q(p, "critic", 1, s, a)
     q2 = q(p, "critic", 2, s, a)
-    gaps = [gap(p, k, batch, negatives) for k in (1, 2)]
+    gaps = [gap(p, k, batch, negatives) for k in (1, 2)] if c.alpha else [0.0, 0.0]
     penalty = sum(max(0.0, one) for one in gaps)
     advantage = q_bar - value(frozen, s)
-    positive = np.maximum(0, advantage)
-    weights = np.minimum(np.exp(c.beta * positive), c.max_weight)
+    exponent = np.maximum(0, advantage) if c.clamp_advantage else advantage
+    weights = np.minimum(np.exp(c.beta * exponent), c.max_weight)
     diff = q_bar - value(p, s)
     return {
         "value_loss": np.mean([abs(c.tau - (d < 0)) * d * d for d in diff]),
@@ -290,32 +272,11 @@ def test_update_is_adam_and_polyak(case):
         assert_close(parameters_of(agent), p, 1e-4, 2e-6)
 
 
-def iql_losses(p, frozen, batch, c):
-    """Kostrikov et al., 2021, equations 5 to 7: no penalty, and no max(0, ·) on the advantage."""
-    s, a, r, s_next, terminated = batch
-    q_bar = np.minimum(q(frozen, "target_critic", 1, s, a), q(frozen, "target_critic", 2, s, a))
-    u = q_bar - value(p, s)
-    value_loss = np.mean(np.where(u > 0, c.tau, 1 - c.tau) * u**2)
-    y = r + c.gamma * (1 - terminated) * value(frozen, s_next)
-    q_loss = sum(np.mean((q(p, "critic", k, s, a) - y) ** 2) for k in (1, 2))
-    weights = np.minimum(np.exp(c.beta * (q_bar - value(frozen, s))), 100.0)
-    return value_loss + q_loss - np.mean(weights * log_density(p, s, a))
-
-
 def test_recipe_for_iql():
-    """Several steps against IQL's own losses, with the policy's learning rate on its cosine."""
-    config = Config(
-        device="cpu",
-        alpha=0,
-        beta=3,
-        tau=0.7,
-        clamp_advantage=False,
-        policy_lr_decay=True,
-        hidden_sizes=(4,),
-        batch_size=B,
-        lr=1e-3,
-        max_steps=8,
-    )
+    """Several steps: no penalty, no max(0, ·), and the policy's learning rate on its cosine."""
+    settings = {"alpha": 0, "beta": 3, "tau": 0.7, "clamp_advantage": False, "lr": 1e-3}
+    settings |= {"policy_lr_decay": True, "hidden_sizes": (4,), "batch_size": B, "max_steps": 8}
+    config = Config(device="cpu", **settings)
     torch.manual_seed(1)
     agent = CIQL(S, A, config)
     for parameter in agent.target_critic.parameters():
@@ -326,19 +287,14 @@ def test_recipe_for_iql():
     adam = Adam(p, names)
     for t in range(6):
         torch.manual_seed(t)
-        index = torch.randint(20, (B,))
-        batch = tuple(column[index.numpy()] for column in in_float64(data))
+        index = torch.randint(20, (B,)).numpy()
+        batch = tuple(column[index] for column in in_float64(data))
         frozen = {name: column.copy() for name, column in p.items()}
-        advantage = np.minimum(
-            q(p, "target_critic", 1, *batch[:2]), q(p, "target_critic", 2, *batch[:2])
-        ) - value(p, batch[0])
+        q_bars = [q(p, "target_critic", k, *batch[:2]) for k in (1, 2)]
+        advantage = np.minimum(*q_bars) - value(p, batch[0])
         assert (advantage < -0.01).any() and (advantage > 0.01).any()
-        gradient = finite_differences(
-            lambda at, frozen=frozen, batch=batch: iql_losses(at, frozen, batch, config),
-            p,
-            names,
-            1e-5,
-        )
+        rest = (frozen, batch, None, config)
+        gradient = finite_differences(lambda at, rest=rest: total_loss(at, *rest), p, names, 1e-5)
         policy_lr = 1e-3 * (1 + np.cos(np.pi * t / 8)) / 2
         adam.step(p, gradient, lambda name, lr=policy_lr: lr if "policy" in name else 1e-3)
         move_target(p, config.polyak)
@@ -348,29 +304,15 @@ def test_recipe_for_iql():
 
 
 # -------------------------------------------------------------------------------- each loss by hand
-def test_expectile_loss_by_hand():
+def test_losses_by_hand():
     diff = torch.tensor([2.0, -1.0, 0.0, -3.0], dtype=torch.float64)
     expected = (0.8 * 4 + 0.2 * 1 + 0 + 0.2 * 9) / 4
     assert expectile_loss(diff, 0.8).item() == pytest.approx(expected)
 
-
-def test_expectile_loss_finds_the_expectile():
-    """Its minimum over v solves τ E(x−v)⁺ = (1−τ) E(v−x)⁺, the expectile's definition."""
-    x = np.random.default_rng(0).normal(size=400)
-    grid = np.linspace(-1, 2, 3001)
-    best = grid[np.argmin([expectile_loss(torch.from_numpy(x - v), 0.9).item() for v in grid])]
-    above = np.maximum(x - best, 0).mean()
-    below = np.maximum(best - x, 0).mean()
-    assert 0.9 * above == pytest.approx(0.1 * below, rel=0.01)
-
-
-def test_conservative_gap_by_hand():
     q_data = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
     q_neg = torch.tensor([[4.0, 2.0, 3.0, 7.0], [1.0, 2.0, 3.0, 2.0]])
     assert conservative_gap(q_neg, q_data).tolist() == [2.0, -3.0]
 
-
-def test_awr_weights_by_hand():
     advantage = torch.tensor([-5.0, 0.0, 0.5, 1e6])
     assert awr_weights(advantage, 2.0, 50.0).tolist() == pytest.approx([1.0, 1.0, np.e, 50.0])
     of_iql = awr_weights(advantage, 2.0, 50.0, clamp_advantage=False)
@@ -464,34 +406,15 @@ def test_beta_zero_is_behaviour_cloning():
     assert found["policy_loss"].item() == pytest.approx(-likelihood)
 
 
-def test_same_seed_same_bits():
-    first = trained(small())[1]
-    assert trained(small())[1] == first
-    torch.manual_seed(1)
-    assert started(small()).update(random_data())["q_loss"].item() != first[0]["q_loss"]
-
-
-def test_saved_agent_goes_on_to_the_same_bits():
-    """With Adam's averages, and the policy's learning rate on its way down."""
-    config = small(policy_lr_decay=True, max_steps=40)
-    whole, _ = trained(config, 20)
-    state = copy.deepcopy(whole.training_state())
-    run_steps(whole, 10, seed=1)
-    other = started(config)
-    other.load_training_state(state)
-    run_steps(other, 10, seed=1)
-    assert_same_weights(whole, other)
-
-
 @pytest.mark.parametrize("alpha", [1.0, 20.0])
 def test_leaving_out_a_closed_clamp_is_exact(alpha):
     """The helper's gaps, those measured in line, and always taking them: the same bits."""
     helped, history = trained(small(alpha=alpha))
     assert_sometimes_open(history)
     in_line = started(small(alpha=alpha))
-    in_line.helper = None
+    in_line.meter.helper = None
     always = started(small(alpha=alpha))
-    always.helper = None
+    always.meter = None
     always.on_cpu = False
     for other in (in_line, always):
         assert run_steps(other, 30) == history
@@ -573,42 +496,27 @@ def test_step_that_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     assert run_steps(agent, 3) == trained(small(), 3)[1]
 
 
-def test_network_that_an_idea_replaces():
-    """It is trained once it was given to ``make_optimizer``, and refused by name before."""
-
-    class Forgotten(CIQL):
-        def __init__(self, observation_dim, action_dim, config):
-            super().__init__(observation_dim, action_dim, config)
-            self.value = ValueNetwork(observation_dim, (12,))
-
-    class Idea(Forgotten):
-        def __init__(self, observation_dim, action_dim, config):
-            super().__init__(observation_dim, action_dim, config)
-            self.make_optimizer(self.policy, self.value, self.critic)
-
-    with pytest.raises(InputError, match=r"value\.v\.0\.weight requires gradients, but no"):
-        started(small(), Forgotten).check_optimizers()
-    agent = started(small(), Idea)
-    agent.check_optimizers()
-    before = [parameter.clone() for parameter in agent.value.parameters()]
-    run_steps(agent, 3)
-    assert before[0].shape == (12, S)
-    for old, new in zip(before, agent.value.parameters(), strict=True):
-        assert not torch.equal(old, new)
-
-
-def test_one_forgotten_parameter_is_refused():
-    """All of a network's parameters are looked at; one that nothing uses is no error."""
+def test_parameters_that_nothing_would_train():
+    """Each is refused by name until it was given to ``make_optimizer``; it is trained then."""
     agent = started(small())
-    agent.policy.unused = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(InputError, match="policy.unused requires gradients"):
+    agent.value = ValueNetwork(S, (12,))
+    with refused("value.v.0.weight requires gradients, but no"):
         agent.check_optimizers()
     agent.make_optimizer(agent.policy, agent.value, agent.critic)
     agent.check_optimizers()
-    run_steps(agent, 1)
-    agent.value.requires_grad_(False)
-    agent.value.later = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+    before = [parameter.clone() for parameter in agent.value.parameters()]
+    run_steps(agent, 3)
+    for old, new in zip(before, agent.value.parameters(), strict=True):
+        assert not torch.equal(old, new)
+    agent.policy.unused = torch.nn.Parameter(torch.zeros(1))
+    with refused("policy.unused requires gradients"):
+        agent.check_optimizers()
+    agent.policy.unused.requires_grad_(False)
     agent.check_optimizers()
+    agent.policy.unused.requires_grad_(True)
+    agent.make_optimizer(agent.policy, agent.value, agent.critic)
+    agent.check_optimizers()
+    run_steps(agent, 1)  # that nothing uses it is no error
 
 
 def test_settings_of_a_resumed_optimiser_are_the_configs():

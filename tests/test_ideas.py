@@ -10,6 +10,7 @@ from torch import nn
 import ciql_pybullet
 from ciql_pybullet import CIQL, Config, QNetworks, mlp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 S = 5  # observation_dim
 A = 2  # action_dim
 CONFIG = Config(
@@ -18,23 +19,36 @@ CONFIG = Config(
 
 
 class FourCritics(CIQL):
+    """And the penalty of CQL(H): a soft maximum over the off-data actions."""
+
     def make_critic(self):
         return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes, num_q=4)
 
+    def gaps(self, critic, batch, negative_actions):
+        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
+        q_neg = critic(s_neg, negative_actions.flatten(0, 1))
+        q_neg = q_neg.unflatten(-1, (-1, self.config.num_neg)).logsumexp(-1)
+        return (q_neg - critic(batch.observations, batch.actions)).mean(-1)
 
-class LayerNormCritic(CIQL):
+
+class OtherLayers(CIQL):
+    """LayerNorm, and dropout, which draws random numbers."""
+
     def make_critic(self):
-        critic = QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
+        critic = super().make_critic()
         for q in critic.q:
             q.insert(1, nn.LayerNorm(self.config.hidden_sizes[0]))
+            q.insert(3, nn.Dropout(0.1))
         return critic
 
 
-class DropoutCritic(CIQL):
+class SpectralCritic(CIQL):
+    """Buffers that each call moves."""
+
     def make_critic(self):
-        critic = QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
+        critic = super().make_critic()
         for q in critic.q:
-            q.insert(2, nn.Dropout(0.1))
+            nn.utils.parametrizations.spectral_norm(q[0])
         return critic
 
 
@@ -89,17 +103,6 @@ class TD3BC(CIQL):
         return loss - q.mean() / scale, metrics | {"scale": scale}
 
 
-class LogSumExp(CIQL):
-    """The penalty of CQL(H): a soft maximum over the off-data actions."""
-
-    def gaps(self, critic, batch, negative_actions):
-        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
-        q_neg = critic(s_neg, negative_actions.flatten(0, 1)).unflatten(
-            -1, (-1, self.config.num_neg)
-        )
-        return (q_neg.logsumexp(-1) - critic(batch.observations, batch.actions)).mean(-1)
-
-
 class AdamWCosine(CIQL):
     def make_optimizer(self, policy, *others):
         super().make_optimizer(policy, *others)
@@ -112,16 +115,8 @@ class AdamWCosine(CIQL):
         return metrics
 
 
-class NoisyTargets(CIQL):
-    """Random numbers in ``losses``: the data's actions are smoothed."""
-
-    def losses(self, batch):
-        noise = 0.1 * torch.randn_like(batch.actions)
-        return super().losses(batch._replace(actions=(batch.actions + noise).clamp(-1, 1)))
-
-
 class Auxiliary(CIQL):
-    """A network that predicts the next observation; its loss is a column."""
+    """A network that predicts the next observation from noisy actions; its loss is a column."""
 
     def __init__(self, observation_dim, action_dim, config):
         super().__init__(observation_dim, action_dim, config)
@@ -130,7 +125,8 @@ class Auxiliary(CIQL):
 
     def losses(self, batch):
         loss, metrics = super().losses(batch)
-        predicted = self.model(torch.cat([batch.observations, batch.actions], -1))
+        noisy = batch.actions + 0.1 * torch.randn_like(batch.actions)
+        predicted = self.model(torch.cat([batch.observations, noisy], -1))
         model_loss = ((predicted - batch.next_observations) ** 2).mean()
         return loss + model_loss, metrics | {"model_loss": model_loss.detach()}
 
@@ -155,27 +151,17 @@ class SampledGaps(CIQL):
         return super().gaps(critic, batch, (mean + noise).clamp(-1, 1).detach())
 
 
-IDEAS = [
-    FourCritics,
-    LayerNormCritic,
-    DropoutCritic,
-    TargetValue,
-    LearnedTemperature,
-    TD3BC,
-    LogSumExp,
-    AdamWCosine,
-    NoisyTargets,
-    Auxiliary,
-    Functional,
-    SampledGaps,
-]
+IDEAS = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
 
 
-def make(idea, compiled=False):
+def make(idea, compiled=False, state=None):
+    """An agent as ``train`` makes it, perhaps with the state of another, and its data."""
     torch.manual_seed(0)
     agent = idea(S, A, CONFIG)
     data = agent.prepare(own_transitions(300, S, A))
     agent.check_optimizers()
+    if state:
+        agent.load_training_state(copy.deepcopy(state))
     agent.meter.start_helper(data)
     if compiled:
         agent.compile_losses(data)
@@ -204,26 +190,27 @@ def test_idea(idea):
     again, same = hundred_steps(idea)
     assert history == same
     assert_same(agent, again)
-    fresh, data = make(idea)
+    fresh, _ = make(idea)
     for (name, before), after in zip(fresh.named_parameters(), agent.parameters(), strict=True):
         assert not (before.requires_grad and torch.equal(before, after)), name
 
-    fresh.load_training_state(copy.deepcopy(agent.training_state()))
-    for one in (agent, fresh):
+    resumed, data = make(idea, state=agent.training_state())
+    assert resumed.steps == 100
+    for one in (agent, resumed):
         torch.manual_seed(2)
         for _ in range(10):
             one.update(data)
-    assert_same(agent, fresh)
+    assert_same(agent, resumed)
 
 
 @pytest.mark.parametrize("idea", IDEAS)
 def test_traced_idea(idea, monkeypatch, capsys):
-    """What the compiler traces of it, without machine code, takes the same steps."""
+    """What the compiler traces of it, without machine code, takes the steps of the eager one."""
     compile_with = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph, options: compile_with(f, backend="aot_eager")
     )
-    agent, history = hundred_steps(idea, compiled=True)
-    again, same = hundred_steps(idea, compiled=True)
-    assert history == same
-    assert_same(agent, again)
+    _, history = hundred_steps(idea, compiled=True)
+    _, eager = hundred_steps(idea)
+    for traced_row, row in zip(history, eager, strict=True):
+        assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)

@@ -5,6 +5,7 @@ import torch
 
 from ciql_pybullet import CIQL, Config, Transitions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 20  # of an episode
 
 
@@ -37,16 +38,8 @@ def random_data(shift):
 
 def mean_return(seed, shift=0, **recipe):
     """Of the learned policy's mean actions, over 100 episodes."""
-    config = Config(
-        device="cpu",
-        hidden_sizes=(32, 32),
-        batch_size=128,
-        lr=3e-3,
-        gamma=0.9,
-        max_steps=600,
-        alpha=0,
-        **recipe,
-    )
+    sizes = {"hidden_sizes": (32, 32), "batch_size": 128, "max_steps": 600}
+    config = Config(device="cpu", lr=3e-3, gamma=0.9, alpha=0, **sizes, **recipe)
     torch.manual_seed(seed)
     agent = CIQL(2, 2, config)
     data = agent.prepare(random_data(shift))
@@ -65,7 +58,7 @@ def mean_return(seed, shift=0, **recipe):
 IQL = {"beta": 3.0, "tau": 0.7, "clamp_advantage": False, "policy_lr_decay": True}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_iql_learns(seed):
     """Cloning does not, nor does IQL from rewards of the step before, as a wrong reader gives."""
     iql = mean_return(seed, **IQL)

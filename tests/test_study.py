@@ -1,5 +1,6 @@
 """Studies: what runs they are made of, their statistics, and how they stop, go on and grow."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -16,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import LAB_SETTINGS, ROOT, SAMPLE_ID, flags, lab_file, metrics, run_main, snapshot
+from conftest import LAB_SETTINGS, ROOT, SAMPLE_ID, flags, lab_file, metrics, refused, snapshot
 from scipy import stats
 from torch.nn.utils import parameters_to_vector
 
@@ -58,11 +59,14 @@ def test_intervals_are_those_of_scipy():
     curve = mean_interval(returns)
     for step in returns:
         expected = stats.ttest_1samp(returns[step], 0).confidence_interval()
-        alone = mean_interval(returns[step])
+        _, low, high = mean_interval(returns[step])
         grouped = mean_interval(returns[step].groupby([1, 1, 1, 1, 1]))
-        assert np.allclose([alone.low, alone.high], expected)
-        assert np.allclose([curve.low[step], curve.high[step]], expected)
-        assert np.allclose([grouped.low[1], grouped.high[1]], expected)
+        for interval in (
+            (low, high),
+            (curve.low[step], curve.high[step]),
+            (grouped.low[1], grouped.high[1]),
+        ):
+            assert np.allclose(interval, expected)
     value, low, high = mean_interval(pd.Series([3.0]))
     assert value == 3 and np.isnan(low) and np.isnan(high)
     assert str(mean_interval(pd.Series([0.0, 0.0]))) == "0.0 [0.0, 0.0]"
@@ -75,9 +79,7 @@ def test_interquartile_mean():
     value, low, high = iqm_interval(figures)
     assert value == pytest.approx(np.sort(figures.to_numpy().flatten())[4:12].mean())
     assert low < value < high
-
-    apart = figures + [0, 1000]
-    _, low, high = iqm_interval(apart)
+    _, low, high = iqm_interval(figures + [0, 1000])
     assert high - low < 2
 
 
@@ -101,24 +103,33 @@ def tables_of(returns, dataset="hopper-bullet-medium-v0", commit="one"):
     return summary, curves
 
 
-def write_tables(folder, summary, curves):
-    pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
-    pd.DataFrame(curves).to_csv(folder / "curves.csv", index=False)
+@pytest.fixture
+def summarized(tmp_path, capsys):
+    """A function that summarizes such tables: what is printed."""
+
+    def summarize(summary, curves):
+        pd.DataFrame(summary).to_csv(tmp_path / "summary.csv", index=False)
+        pd.DataFrame(curves).to_csv(tmp_path / "curves.csv", index=False)
+        study.summarize(tmp_path)
+        return capsys.readouterr().out
+
+    return summarize
 
 
-def test_summarize_pairs_the_seeds(tmp_path, capsys):
+def has_line(out, pattern):
+    return re.search(f"^{pattern}$", out, re.MULTILINE)
+
+
+def test_summarize_pairs_the_seeds(summarized, tmp_path):
     """A difference is of runs of the same seed: narrow where seeds differ more than methods do.
 
     Final returns are of the last evaluations in curves.csv, whatever summary.csv says.
     """
     summary, curves = tables_of({"CIQL": [100.0, 500.0, 900.0], "IQL": [111, 510, 912]})
     failed = {"dataset": "d", "method": "IQL", "seed": 3, "state": "failed", "error": "its error"}
-    write_tables(tmp_path, [*summary, failed], curves)
-    study.summarize(tmp_path)
-    out = capsys.readouterr().out
-    assert re.search(r"^CIQL +3 +500\.0 \[-493\.7, 1493\.7\] *$", out, re.MULTILINE)
-    pattern = r"^IQL +3 +511\.0 \[-483\.9, 1505\.9\] +11\.0 \[8\.5, 13\.5\]$"
-    assert re.search(pattern, out, re.MULTILINE)
+    out = summarized([*summary, failed], curves)
+    assert has_line(out, r"CIQL +3 +500\.0 \[-493\.7, 1493\.7\] *")
+    assert has_line(out, r"IQL +3 +511\.0 \[-483\.9, 1505\.9\] +11\.0 \[8\.5, 13\.5\]")
     assert "difference to CIQL" in out and "of the last 3 evaluations of each run" in out
     assert "FAILED d, IQL, seed 3: its error" in out
     assert "interquartile" not in out and "NOTE" not in out
@@ -126,89 +137,69 @@ def test_summarize_pairs_the_seeds(tmp_path, capsys):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_summarize_to_a_baseline(monkeypatch, capsys, tmp_path):
+def test_summarize_to_a_baseline(summarized, command, fails, tmp_path):
     """Differences, and the order of the table, are to the method that is named."""
-    write_tables(tmp_path, *tables_of({"one": [1.0, 2, 3], "two": [5.0, 7, 9]}))
-    command = ["--summarize", str(tmp_path), "--baseline"]
-    code, out, _ = run_main(monkeypatch, capsys, [*command, "two"], study.main)
-    pattern = r"^two +3 +7\.0 \[.*\] *\none +3 +2\.0 \[.*\] +-5\.0 \[-7\.5, -2\.5\]$"
-    assert code == 0 and re.search(pattern, out, re.MULTILINE)
-    before = snapshot(tmp_path)
-    code, _, error = run_main(monkeypatch, capsys, [*command, "three"], study.main)
-    assert (code, error.count("\n")) == (2, 1) and "the methods of" in error
-    assert "are one, two" in error and snapshot(tmp_path) == before
+    summarized(*tables_of({"one": [1.0, 2, 3], "two": [5.0, 7, 9]}))
+    again = ["--summarize", tmp_path, "--baseline"]
+    code, out, _ = command(*again, "two", main=study.main)
+    pattern = r"two +3 +7\.0 \[.*\] *\none +3 +2\.0 \[.*\] +-5\.0 \[-7\.5, -2\.5\]"
+    assert code == 0 and has_line(out, pattern)
+    fails(*again, "three", named=f"the methods of {tmp_path} are one, two", main=study.main)
 
 
-def test_versions_of_the_script(tmp_path, capsys):
+def test_versions_of_the_script(summarized):
     """Runs of two versions are not paired by seed, and the table says so."""
     summary, curves = tables_of({"CIQL": [1.0, 2, 3], "IQL": [5.0, 7, 10]})
     summary[-1]["commit"] = "two"  # IQL's seed 2
-    write_tables(tmp_path, summary, curves)
-    study.summarize(tmp_path)
-    out = capsys.readouterr().out
+    out = summarized(summary, curves)
     low, high = stats.ttest_1samp([4.0, 5.0], 0).confidence_interval()
-    pattern = rf"^IQL +3 +7\.3 \[.*\] +4\.5 \[{low:.1f}, {high:.1f}\], 2 seeds$"
-    assert re.search(pattern, out, re.MULTILINE)
-    assert re.search("^NOTE +these runs are of 2 versions of the script", out, re.MULTILINE)
+    assert has_line(out, rf"IQL +3 +7\.3 \[.*\] +4\.5 \[{low:.1f}, {high:.1f}\], 2 seeds")
+    assert has_line(out, "NOTE +these runs are of 2 versions of the script.*")
 
     for row in summary[:3]:
         row["commit"] = "two"
     summary[-1]["commit"] = ""  # of a copy without git
-    write_tables(tmp_path, summary, curves)
-    study.summarize(tmp_path)
-    out = capsys.readouterr().out
+    out = summarized(summary, curves)
     assert "difference" not in out.split("NOTE")[0] and "of 3 versions" in out
 
 
-def test_summarize_several_data_sets(tmp_path, capsys):
+def test_summarize_several_data_sets(summarized):
     """Scores count by their mean per seed, for methods that ran on all; from 8 seeds on IQMs."""
     rng = np.random.default_rng(0)
     one, curves = tables_of({"a": rng.normal(size=8), "b": rng.normal(size=8), "c": [1.0]}, "one")
     two, more = tables_of({"a": rng.normal(size=8), "b": rng.normal(size=9)}, "two")
-    write_tables(tmp_path, one + two, curves + more)
-    study.summarize(tmp_path)
-    out = capsys.readouterr().out
+    out = summarized(one + two, curves + more)
     pooled = out[out.index("all data sets, score") :]
     finals = pd.DataFrame(curves + more).query("method == 'b' and seed < 8 and step == 30")
     scores = ciql.ROBOTS["HopperBulletEnv-v0"].score(finals["return_mean"])
-    value, low, high = mean_interval(scores.groupby(finals["seed"]).mean())
-    expected = re.escape(f"{value:.1f} [{low:.1f}, {high:.1f}]")
-    assert re.search(rf"^b +16 +{expected}", pooled, re.MULTILINE)
-    assert "interquartile mean" in pooled and not re.search("^c ", pooled, re.MULTILINE)
+    interval = mean_interval(scores.groupby(finals["seed"]).mean())
+    assert has_line(pooled, rf"b +16 +{re.escape(str(interval))}.*")
+    assert "interquartile mean" in pooled and not has_line(pooled, "c .*")
 
 
-def test_no_score_without_references(tmp_path, capsys):
+def test_no_score_without_references(summarized, tmp_path):
     summary, curves = tables_of({"CIQL": [1.0, 2.0]})
     for row in summary:
         row.update(score=None, env_id="lab:Lab-v0", data_return=None)
-    write_tables(tmp_path, summary, curves)
-    study.summarize(tmp_path)
-    assert re.search(r"^CIQL +2 +1\.5 \[-4\.9, 7\.9\]", capsys.readouterr().out, re.MULTILINE)
-    assert (tmp_path / "study_returns.png").exists()
-    assert not (tmp_path / "study_scores.png").exists()
+    assert has_line(summarized(summary, curves), r"CIQL +2 +1\.5 \[-4\.9, 7\.9\] *")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"study_returns.png"}
 
 
-def test_pictures(tmp_path, monkeypatch):
+def test_pictures(summarized, monkeypatch):
     """No line is in a legend that is not in view; scores have methods as rows."""
     summary, curves = tables_of({"CIQL": [900.0, 1000.0], "IQL alpha=1": [700.0, 720.0]})
-    curves = [row for row in curves if row["step"] > 10]
-    write_tables(tmp_path, summary, curves)
     figures = []
-
-    def keep(figure, path, **options):
-        figures.append(figure)
-
+    keep = lambda figure, path, **options: figures.append(figure)
     monkeypatch.setattr(study.Figure, "savefig", keep)
-    study.summarize(tmp_path)
-    returns, scores = figures
-    (axes,) = returns.axes
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    summarized(summary, [row for row in curves if row["step"] > 10])
+    (returns,), (scores,) = (figure.axes for figure in figures)
+    legend = [text.get_text() for text in returns.get_legend().get_texts()]
     assert legend == ["CIQL (2)", "IQL alpha=1 (2)", "data set, 800"]  # random 19, expert 2500
-    (axes,) = scores.axes
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["CIQL", "IQL alpha=1"]
+    assert [text.get_text() for text in scores.get_yticklabels()] == ["CIQL", "IQL alpha=1"]
     robot = ciql.ROBOTS["HopperBulletEnv-v0"]
-    assert np.allclose(axes.get_lines()[0].get_xdata(), robot.score(np.array([900, 1e3, 700, 720])))
-    assert list(axes.get_lines()[0].get_ydata()) == [0, 0, 1, 1]
+    dots = scores.get_lines()[0]
+    assert np.allclose(dots.get_xdata(), robot.score(np.array([900, 1e3, 700, 720])))
+    assert list(dots.get_ydata()) == [0, 0, 1, 1]
 
 
 # ------------------------------------------------------------------------------- what it is made of
@@ -235,10 +226,6 @@ def test_grid():
         label = f"{method} alpha={alpha} clamp_advantage={clamp} hidden_sizes=8 9 min_log_std=-5"
         assert run.row["method"] == label
     assert len(runs) == 2 * 2 * 2 * 2
-
-
-def no_ray(monkeypatch):
-    monkeypatch.setattr(study, "start_ray", lambda address: pytest.fail("started"))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +257,7 @@ def no_ray(monkeypatch):
         (["--baseline", "CIQL"], "works with --summarize alone"),
     ],
 )
-def test_bad_study(monkeypatch, capsys, lab, arguments, named):
+def test_bad_study(monkeypatch, fails, lab, arguments, named):
     """One line, exit code 2, before anything is trained; nothing is left behind."""
     (lab / "a_file").write_text("")
     (lab / "old").mkdir()
@@ -278,15 +265,12 @@ def test_bad_study(monkeypatch, capsys, lab, arguments, named):
     lab_file(lab / "mine.hdf5")
     trained_here(monkeypatch)
     monkeypatch.setattr(study, "train_runs", lambda runs, share: pytest.fail("trained"))
-    before = snapshot(lab)
-    code, _, error = run_main(monkeypatch, capsys, arguments, study.main)
-    assert (code, error.count("\n")) == (2, 1) and named in error
-    assert snapshot(lab) == before
+    fails(*arguments, named=named, main=study.main)
 
 
 @pytest.mark.parametrize("arguments", [["--grid", "alfa", "0", "1"], ["--seeds", "a"], ["--no-x"]])
-def test_flags_that_are_none(monkeypatch, capsys, arguments):
-    code, _, error = run_main(monkeypatch, capsys, arguments, study.main)
+def test_flags_that_are_none(command, arguments):
+    code, _, error = command(*arguments, main=study.main)
     assert code == 2 and "Traceback" not in error
 
 
@@ -360,28 +344,34 @@ def test_each_run_has_its_own_resources(monkeypatch):
     ]
 
 
-def test_a_study_grows(lab, no_pictures, monkeypatch, capsys):
+@pytest.fixture
+def study_here(lab, no_pictures, monkeypatch, command):
+    """A function that runs a study without Ray in the folder "s", as ``command`` does."""
+    trained_here(monkeypatch)
+    return lambda *arguments: command(*arguments, "--study", "s", main=study.main)
+
+
+def bad_file(path):
+    lab_file(path, rewards=1e30 * (np.arange(31) % 11 != 0))
+
+
+def test_a_study_grows(lab, study_here, monkeypatch, command, fails):
     """What is complete is not done again, and a run is what it is alone, to the bit.
 
     A run that fails is named with its own error, and another command may name new runs alone. One
     that would make a known run another is refused.
     """
-    trained_here(monkeypatch)
-    lab_file(lab / "bad.hdf5", rewards=1e30 * (np.arange(31) % 11 != 0))
-    settings = [*DATA[2:], "--study", "s"]
-    command = ["--datasets", "data.hdf5", "bad.hdf5", *settings]
-    code, out, error = run_main(monkeypatch, capsys, command, study.main)
+    bad_file(lab / "bad.hdf5")
+    code, out, error = study_here("--datasets", "data.hdf5", "bad.hdf5", *DATA[2:])
     assert (code, error) == (1, "")
     assert "study  2 runs, 2 of them to train" in out
-    pattern = "^FAILED bad, CIQL, seed 0: FloatingPointError: .* NaN or infinite"
-    assert re.search(pattern, out, re.MULTILINE)
+    assert has_line(out, "FAILED bad, CIQL, seed 0: FloatingPointError: .* NaN or infinite.*")
     complete, failed = rows_of(lab / "s" / "summary.csv")
     assert (complete["state"], failed["state"]) == ("complete", "failed")
     assert "Traceback" in (lab / "s" / "bad-CIQL-seed0.log").read_text()
     before = snapshot(lab / "s" / "data-CIQL-seed0")
 
-    new = ["--methods", "cloning", "AveragedPolicy", "--seeds", "1", *DATA, "--study", "s"]
-    code, out, error = run_main(monkeypatch, capsys, new, study.main)
+    code, out, error = study_here("--methods", "cloning", "AveragedPolicy", "--seeds", "1", *DATA)
     assert (code, error) == (0, "") and "study  2 runs, 2 of them to train" in out
     rows = rows_of(lab / "s" / "summary.csv")
     assert list(rows[0]) == [*study.KEYS, *study.COLUMNS]
@@ -392,79 +382,73 @@ def test_a_study_grows(lab, no_pictures, monkeypatch, capsys):
     agents = [ciql.load_checkpoint(lab / "s" / row["folder"])["agent_class"] for row in rows[2:]]
     assert agents == ["CIQL", "AveragedPolicy"]
 
-    single = [*LAB, "--eval-episodes", "1", "--dataset", "data.hdf5", "--threads", "1"]
-    code, _, error = run_main(monkeypatch, capsys, [*single, "--name", "alone"])
-    assert code == 0, error
-    assert metrics(lab / "runs" / "alone") == metrics(lab / "s" / complete["folder"])
+    rows = assert_is_as_alone(command, lab / "s" / complete["folder"])
+    returns = [float(row["return_mean"]) for row in rows if row["return_1"]]
     curve = [row for row in rows_of(lab / "s" / "curves.csv") if row["method"] == "CIQL"]
-    returns = [
-        float(row["return_mean"]) for row in metrics(lab / "runs" / "alone") if row["return_1"]
-    ]
     assert [float(row["return_mean"]) for row in curve] == returns
     assert float(complete["final_return"]) == pytest.approx(np.mean(returns))
     assert (complete["score"], complete["evaluations"]) == ("", "2")
     assert complete["commit"] == ciql.commit()
 
     # Now that all is there, no Ray is started, and a changed run is refused.
-    no_ray(monkeypatch)
-    before = snapshot(lab / "s")
-    command = [*DATA, "--study", "s"]
+    monkeypatch.setattr(study, "start_ray", lambda address: pytest.fail("started"))
+    again = [*DATA, "--study", "s"]
+    cause = "data-CIQL-seed0 is there already, with "
     for changed in (["--lr", "0.1"], ["--eval-interval", "10"], ["--max-steps", "80"]):
-        code, _, error = run_main(monkeypatch, capsys, [*command, *changed], study.main)
-        assert (code, error.count("\n")) == (2, 1)
-        assert "data-CIQL-seed0 is there already, with " in error
-    code, out, error = run_main(monkeypatch, capsys, [*command, "--threads", "2"], study.main)
+        fails(*again, *changed, named=cause, main=study.main)
+    before = snapshot(lab / "s")
+    code, out, error = study_here(*DATA, "--threads", "2")
     assert code == 0, error
     assert "study  1 runs, 0 of them to train" in out and snapshot(lab / "s") == before
     lab_file(lab / "data.hdf5", rewards=np.arange(31) % 11 != 0)
-    code, _, error = run_main(monkeypatch, capsys, command, study.main)
-    assert code == 2 and "data-CIQL-seed0 is there already, with data of checksum" in error
-    assert snapshot(lab / "s") == before
+    fails(*again, named=f"{cause}data of checksum", main=study.main)
 
 
-def test_what_another_process_works_on(lab, no_pictures, monkeypatch, capsys):
+def assert_is_as_alone(command, folder, *settings):
+    """A run of a study has the metrics of the same run alone, which are returned."""
+    arguments = [*LAB, "--eval-episodes", "1", "--dataset", "data.hdf5", "--threads", "1"]
+    code, _, error = command(*arguments, *settings, "--name", folder.name)
+    assert code == 0, error
+    rows = metrics(folder)
+    assert metrics(Path("runs", folder.name)) == rows
+    return rows
+
+
+def test_what_another_process_works_on(lab, study_here, fails):
     """A study is refused. A single run is left alone and named; the others are trained."""
-    trained_here(monkeypatch)
+    names = [*DATA, "--seeds", "0", "1"]
     (lab / "s").mkdir()
-    command = [*DATA, "--study", "s", "--seeds", "0", "1"]
     with ciql.lock_folder(lab / "s"):
-        code, _, error = run_main(monkeypatch, capsys, command, study.main)
-    assert (code, error.count("\n")) == (2, 1) and "another process trains in" in error
+        fails(*names, "--study", "s", named="another process trains in", main=study.main)
     (lab / "s" / "data-CIQL-seed1").mkdir()
     with ciql.lock_folder(lab / "s" / "data-CIQL-seed1"):
-        code, out, _ = run_main(monkeypatch, capsys, command, study.main)
-    assert code == 1 and re.search(
-        "^FAILED data, CIQL, seed 1: .*another process trains", out, re.MULTILINE
-    )
-    code, out, error = run_main(monkeypatch, capsys, command, study.main)
+        code, out, _ = study_here(*names)
+    assert code == 1 and has_line(out, "FAILED data, CIQL, seed 1: .*another process trains.*")
+    code, out, _ = study_here(*names)
     assert code == 0 and "study  2 runs, 1 of them to train" in out and "FAILED" not in out
 
 
-def test_a_study_without_a_complete_run(lab, no_pictures, monkeypatch, capsys):
+def test_a_study_without_a_complete_run(lab, study_here, command):
     """It has tables all the same, and each run its error; another command goes on with it."""
-    trained_here(monkeypatch)
-    lab_file(lab / "bad.hdf5", rewards=1e30 * (np.arange(31) % 11 != 0))
-    command = ["--datasets", "bad.hdf5", *DATA[2:], "--study", "s"]
+    bad_file(lab / "bad.hdf5")
     for _ in range(2):
-        code, out, error = run_main(monkeypatch, capsys, command, study.main)
+        code, out, error = study_here("--datasets", "bad.hdf5", *DATA[2:])
         assert (code, error) == (1, "") and "1 of them to train" in out
         assert out.count("FAILED bad, CIQL, seed 0: FloatingPointError") == 1
     (row,) = rows_of(lab / "s" / "summary.csv")
     assert row["state"] == "failed"
-    assert run_main(monkeypatch, capsys, ["--summarize", "s"], study.main)[0] == 0
+    assert command("--summarize", "s", main=study.main)[0] == 0
 
 
-def test_a_return_that_is_no_number(lab, no_pictures, monkeypatch, capsys):
+def test_a_return_that_is_no_number(study_here, monkeypatch):
     """Such a run has failed: its mean would be left out without a word."""
-    trained_here(monkeypatch)
     monkeypatch.setattr(ciql, "play_episode", lambda *arguments: float("nan"))
-    code, out, _ = run_main(monkeypatch, capsys, [*DATA, "--study", "s"], study.main)
+    code, out, _ = study_here(*DATA)
     assert code == 1 and "FAILED data, CIQL, seed 0: a return is NaN or infinite" in out
 
 
-def test_the_sample_is_named_and_found_once(lab, no_pictures, monkeypatch, capsys):
+def test_the_sample_is_named_and_found_once(lab, study_here, monkeypatch):
     """Without a network: the note comes once, tables say that the data are re-collected."""
-    trained_here(monkeypatch)
     asked = []
 
     def download(url, path):
@@ -473,16 +457,12 @@ def test_the_sample_is_named_and_found_once(lab, no_pictures, monkeypatch, capsy
 
     monkeypatch.setattr(ciql, "download", download)
     monkeypatch.setattr(ciql, "play_episode", lambda *arguments: 1.0)
-    settings = flags(
-        **{name: LAB_SETTINGS[name] for name in LAB_SETTINGS if name not in (*OWN, "env_id")}
-    )
-    command = [*settings, "--study", "s", "--max-steps", "20", "--seeds", "0", "1"]
-    code, out, error = run_main(monkeypatch, capsys, command, study.main)
+    settings = {name: value for name, value in LAB_SETTINGS.items() if name not in (*OWN, "env_id")}
+    code, out, error = study_here(*flags(**settings | {"max_steps": 20}), "--seeds", "0", "1")
     assert code == 0, error
     assert len(asked) == 1 and out.count("no network") == 1
-    assert {row["dataset"] for row in rows_of(lab / "s" / "summary.csv")} == {
-        f"{SAMPLE_ID} (re-collected)"
-    }
+    rows = rows_of(lab / "s" / "summary.csv")
+    assert {row["dataset"] for row in rows} == {f"{SAMPLE_ID} (re-collected)"}
 
 
 # ----------------------------------------------------------------------------------------- methods
@@ -500,29 +480,15 @@ def some_data(n=50):
 
 def test_methods():
     """IQL's recipe is that of its paper; all are settings of the script and agents of it."""
-    settings = variants.METHODS["IQL"].settings
-    assert settings == {
-        "alpha": 0,
-        "beta": 3,
-        "tau": 0.7,
-        "clamp_advantage": False,
-        "policy_lr_decay": True,
-    }
-    assert variants.METHODS["SmallTargets"].settings == settings
+    settings = {"alpha": 0, "beta": 3, "tau": 0.7, "clamp_advantage": False}
+    settings["policy_lr_decay"] = True
+    assert variants.METHODS["IQL"].settings == variants.METHODS["SmallTargets"].settings == settings
     _, runs = study.parse(["--methods", *variants.METHODS])
     for run, (name, method) in zip(runs.values(), variants.METHODS.items(), strict=True):
         assert (run.method, run.row["method"]) == (name, name)
-        changed = {setting: vars(run.config)[setting] for setting in method.settings}
-        assert changed == method.settings
-        rest = run.config.__class__(
-            **(vars(run.config) | {s: getattr(ciql.Config, s) for s in changed})
-        )
-        assert not ciql.differences(rest, ciql.Config())
-        assert method.agent.__name__ == (
-            name
-            if issubclass(method.agent, ciql.CIQL) and method.agent is not ciql.CIQL
-            else "CIQL"
-        )
+        assert ciql.differences(run.config, ciql.Config()) == method.settings
+        assert method.agent.__name__ == ("CIQL" if method.agent is ciql.CIQL else name)
+        assert issubclass(method.agent, ciql.CIQL)
 
 
 def test_averaged_policy():
@@ -559,7 +525,7 @@ def test_small_targets():
     torch.testing.assert_close(prepared.rewards, data.rewards * 1000 / (60 - 6))
     plain = agent_of(ciql.CIQL).prepare(data)
     assert torch.equal(prepared.observations, plain.observations)
-    with pytest.raises(ciql.InputError, match="episodes of different returns"):
+    with refused("episodes of different returns"):
         agent_of(variants.SmallTargets).prepare(data._replace(rewards=torch.ones(6)))
 
 
@@ -591,93 +557,75 @@ def workers_of(process):
     return found
 
 
-@pytest.mark.slow
-def test_ctrl_c_and_a_worker_that_is_killed(lab, monkeypatch, capsys):
-    """Ctrl-C to the group while a run waits for a core; then the workers of the resumed study die.
+@contextlib.contextmanager
+def cluster(folder):
+    """A Ray cluster of two nodes, a core each: its address, and the processes of the nodes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block"]
+    head = ["--head", "--include-dashboard=false", f"--port={address.split(':')[1]}"]
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for n, arguments in enumerate((head, [f"--address={address}"])):
+            path = folder / f"node{n}.txt"
+            log = stack.enter_context(open(path, "w"))
+            node = subprocess.Popen([*ray, *arguments], cwd="/", stdout=log, stderr=log)
+            stack.callback(node.wait)
+            stack.callback(node.terminate)
+            nodes.append(node)
+            wait_for(lambda path=path: "Ray runtime started" in path.read_text())
+        yield address, nodes
 
-    Both go on where they were, and the run is what it is alone, to the bit.
+
+@pytest.mark.slow
+def test_stopped_and_killed_on_two_nodes(lab, tmp_path_factory, monkeypatch, command):
+    """Ctrl-C while a run waits for a core; then, on a cluster, workers and a node die.
+
+    Each run goes on where it was, elsewhere if need be, and is what it is alone, to the bit.
     """
-    settings = ["--max-steps", "200", "--grid", "alpha", "0", "1", "--study", "s"]
-    checkpoint = lab / "s" / "data-CIQL-alpha0-seed0" / "checkpoint.pt"
+    settings = ["--max-steps", "400", "--eval-interval", "40"]
+    arguments = [*DATA, *settings, "--grid", "alpha", "0", "1", "--study", "s"]
+    names = [f"data-CIQL-alpha{alpha}-seed0" for alpha in "01"]
+    checkpoints = [lab / "s" / name / "checkpoint.pt" for name in names]
     monkeypatch.setenv("LAB_PAUSE", "0.05")
-    process = start_study(*DATA, *settings, "--threads", "0")  # of which one runs at a time
-    wait_for(checkpoint.exists)
+    process = start_study(*arguments, "--threads", "0")  # of which one runs at a time
+    wait_for(checkpoints[0].exists)
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=100)
     assert (process.returncode, error) == (130, ""), out
     assert out.endswith("stopped; go on with the same command\n") and "Traceback" not in out
     stopped, waiting = rows_of(lab / "s" / "summary.csv")
     assert stopped["state"] == waiting["state"] == "incomplete"
-    assert 20 <= int(stopped["step"]) < 200 and not int(waiting["step"] or 0)
-    assert "stopped at step" in (lab / "s" / "data-CIQL-alpha0-seed0.log").read_text()
+    assert 40 <= int(stopped["step"]) < 400 and not int(waiting["step"] or 0)
+    assert "stopped at step" in (lab / "s" / f"{names[0]}.log").read_text()
 
-    saved = checkpoint.stat().st_mtime_ns
-    process = start_study(*DATA, *settings)
-    wait_for(lambda: checkpoint.stat().st_mtime_ns > saved)
-    monkeypatch.setenv("LAB_PAUSE", "0")
-    killed = workers_of(process)
-    assert killed
-    for worker, number in zip(killed, (signal.SIGKILL, signal.SIGTERM), strict=False):
-        worker.send_signal(number)
-    out, error = process.communicate(timeout=300)
-    assert (process.returncode, error) == (0, ""), out
-    assert "2 of them to train" in out and "data-CIQL-alpha1-seed0 is complete" in out
-    log = (lab / "s" / "data-CIQL-alpha0-seed0.log").read_text()
-    starts = [int(step) for step in re.findall(r"^run .* from step (\d+)$", log, re.MULTILINE)]
-    assert starts[:2] == [0, int(stopped["step"])] and starts[1] < starts[2]
-    assert "train:" not in log  # no progress bar
-    for alpha in "01":
-        single = [*LAB, "--eval-episodes", "1", "--dataset", "data.hdf5", "--max-steps", "200"]
-        single += ["--alpha", alpha, "--name", alpha]
-        assert run_main(monkeypatch, capsys, single)[0] == 0
-        assert metrics(lab / "runs" / alpha) == metrics(lab / "s" / f"data-CIQL-alpha{alpha}-seed0")
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """A Ray cluster of two nodes, a core each: its address, and the process of the second node."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("LAB_PAUSE", "0.05")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block"]
-    head = ["--head", "--include-dashboard=false", f"--port={port}"]
-    nodes = []
-    for n, arguments in enumerate((head, [f"--address=127.0.0.1:{port}"])):
-        path = tmp_path.parent / f"node{n}.txt"
-        with open(path, "w") as log:
-            nodes.append(subprocess.Popen([*ray, *arguments], cwd="/", stdout=log, stderr=log))
-        wait_for(lambda path=path: "Ray runtime started" in path.read_text())
-    monkeypatch.delenv("LAB_PAUSE")
-    yield f"127.0.0.1:{port}", nodes[1]
-    for node in reversed(nodes):
-        node.terminate()
-        node.wait()
-
-
-@pytest.mark.slow
-def test_a_cluster_loses_a_node(lab, cluster, monkeypatch, capsys):
-    """Two runs on two nodes; a raylet is killed on the way, and its run goes on elsewhere."""
-    address, second = cluster
-    settings = ["--max-steps", "400", "--eval-interval", "40"]
-    grid = ["--grid", "alpha", "0", "1", "--study", "s", "--ray-address", address]
-    driver = start_study(*DATA, *settings, *grid)
-    names = ["data-CIQL-alpha0-seed0", "data-CIQL-alpha1-seed0"]
-    wait_for(lambda: all((lab / "s" / name / "checkpoint.pt").exists() for name in names))
-    assert len(workers_of(second)) == 1
-    for child in psutil.Process(second.pid).children(recursive=True):
-        if child.name() == "raylet":
-            child.kill()
-    out, error = driver.communicate(timeout=400)
-    assert driver.returncode == 0, out + error
-    logs = [(lab / "s" / f"{name}.log").read_text() for name in names]
-    (resumed,) = [log for log in logs if "the run goes on" in log]
-    assert re.search(r"^run .* from step [1-9]\d+$", resumed, re.MULTILINE)
-    for row in rows_of(lab / "s" / "summary.csv"):
-        single = [*LAB, *settings, "--eval-episodes", "1", "--dataset", "data.hdf5"]
-        single += ["--alpha", row["alpha"], "--name", row["alpha"]]
-        assert run_main(monkeypatch, capsys, single)[0] == 0
-        assert metrics(lab / "runs" / row["alpha"]) == metrics(lab / "s" / row["folder"])
+    saved = checkpoints[0].stat().st_mtime_ns
+    with cluster(tmp_path_factory.mktemp("nodes")) as (address, (first, second)):
+        monkeypatch.delenv("LAB_PAUSE")
+        process = start_study(*arguments, "--ray-address", address)
+        wait_for(lambda: checkpoints[0].stat().st_mtime_ns > saved)
+        killed = workers_of(first) + workers_of(second)
+        assert killed
+        for worker in killed:
+            worker.terminate()
+        wait_for(lambda: checkpoints[1].exists() and workers_of(second))
+        for child in psutil.Process(second.pid).children(recursive=True):
+            if child.name() == "raylet":
+                child.kill()
+        out, error = process.communicate(timeout=400)
+    assert (process.returncode, error) == (0, ""), out
+    assert "2 of them to train" in out and f"{names[1]} is complete" in out
+    starts = []
+    for name in names:
+        log = (lab / "s" / f"{name}.log").read_text()
+        assert "train:" not in log  # no progress bar
+        steps = re.findall(r"^run .* from step ([\d,]+)$", log, re.MULTILINE)
+        starts.append([int(step) for step in steps])
+        alpha = name.partition("alpha")[2][0]
+        assert_is_as_alone(command, lab / "s" / name, *settings, "--alpha", alpha)
+    assert starts[0][:2] == [0, int(stopped["step"])] and starts[0][1] < starts[0][2]
+    assert starts[1][0] == 0 and len(starts[0]) + len(starts[1]) >= 5  # one more for the node
