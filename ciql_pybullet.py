@@ -618,9 +618,13 @@ class CIQL(nn.Module):
         losses = torch.compile(self.losses, fullgraph=True, **how)
         gaps = torch.compile(self.gaps, fullgraph=True, **how)
         before = copy.deepcopy(self.state_dict())
+        steps = self.steps
         try:
             with torch.random.fork_rng([] if self.on_cpu else [self.device]):
                 losses(batch)[0].backward()
+                self.steps += 1
+                with torch.compiler.set_stance("fail_on_recompile"):  # one graph is for all steps
+                    losses(batch)
                 if self.config.alpha > 0:
                     gaps(self.critic, batch, negative_actions).sum().backward()
                 if self.config.alpha > 0 and self.meter:
@@ -631,6 +635,7 @@ class CIQL(nn.Module):
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
             return
         finally:
+            self.steps = steps
             self.load_state_dict(before)
             self.zero_grad()
         self.losses = losses  # type: ignore[method-assign]

@@ -483,6 +483,21 @@ def test_compiled_step(capsys, alpha):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
+def test_losses_that_change_with_the_step_run_eagerly(capsys):
+    """A graph for one step alone would leave the others eager, in silence and to other bits."""
+
+    class Annealed(CIQL):
+        def losses(self, batch):
+            loss, figures = super().losses(batch)
+            return loss * (1 + self.steps), figures
+
+    agent = started(small(alpha=0.0), Annealed)
+    agent.compile_losses(random_data())
+    assert "could not be compiled and run eagerly" in capsys.readouterr().out
+    assert agent.steps == 0 and "losses" not in vars(agent)
+
+
 def test_step_that_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler found\nand a page more")
