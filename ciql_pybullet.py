@@ -1937,14 +1937,6 @@ def train(
         # Data and agent
         config, checkpoint = find_run(config, stack)
         folder = Path(config.resume)
-        if checkpoint:
-            evaluated = last_step(checkpoint["rows"], "return_mean")
-            if checkpoint["step"] == config.max_steps == evaluated:
-                say(
-                    f"done   {folder} has all of its {config.max_steps:,} steps: nothing is left;"
-                    " raise --max-steps, or play it with --evaluate"
-                )
-                return folder, curve_of(checkpoint["rows"])
         stack.enter_context(torch_settings(config))
         env = check_environment(env_id, config.film)
         dataset = load_dataset(config, env, data)
@@ -1956,6 +1948,13 @@ def train(
         history = History()
         if checkpoint:
             history = restore(checkpoint, config, dataset, checksum, agent)
+            evaluated = last_step(history.rows, "return_mean")
+            if checkpoint["step"] == config.max_steps == evaluated:
+                say(
+                    f"done   {folder} has all of its {config.max_steps:,} steps: nothing is left;"
+                    " raise --max-steps, or play it with --evaluate"
+                )
+                return folder, curve_of(history.rows)
         accelerate(agent, prepared, stack)
 
         # Run folder

@@ -455,6 +455,17 @@ def test_threads_are_kept_with_the_run(lab, no_pictures, monkeypatch):
     assert load_checkpoint("runs/run")["config"].threads == 4
 
 
+def test_a_complete_run_answers_for_itself_alone(lab, no_pictures):
+    """Another agent, or other data, under its name does not get its curve."""
+    config = lab_config(name="run")
+    train(config)
+    with refused("holds a CIQL, not a OtherAgent"):
+        train(config, make_agent=OtherAgent)
+    lab_file(lab / "data.hdf5", actions=np.zeros((31, 1)))
+    with refused("was trained on other data"):
+        train(config)
+
+
 def test_policy_that_samples(lab, no_pictures, monkeypatch):
     """Its evaluations take no random number from training, and an episode is that of its seed."""
     config = lab_config()
