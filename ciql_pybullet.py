@@ -120,9 +120,7 @@ class Config:
     # Machine and output
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one
     threads: int = 0  # CPU threads; 0: one per core, at most four
-    matmul_precision: Literal["highest", "high", "medium"] = (
-        "highest"  # high: TF32, medium: bfloat16
-    )
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
     compile: bool = True  # compile the losses (about a minute once; needs a C++ compiler)
     name: str = ""  # of the run's folder; empty: data set, what is not the default, seed, time
     plot: str = "eval_returns.png"  # picture of the evaluation returns
@@ -630,7 +628,7 @@ class CIQL(nn.Module):
                 if self.config.alpha > 0 and self.meter:
                     with torch.no_grad():
                         gaps(self.meter.critic, batch, negative_actions)
-        except Exception as error:  # noqa: BLE001  (a bug in ``losses`` is raised by the first step)
+        except Exception as error:  # noqa: BLE001  (a bug in ``losses`` recurs in the first step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
             return

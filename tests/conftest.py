@@ -38,10 +38,7 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def one_thread():
     """As ``train`` does where there is a penalty; more would be slower for small networks."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -------------------------------------------------------------------------------------------- files
