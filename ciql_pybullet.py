@@ -247,7 +247,7 @@ say = tqdm.write  # prints a line of the log on stdout, above the progress bar i
 
 def part_of(path: Path) -> Path:
     """Where this thread writes what becomes ``path`` once it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    return path.with_name(f".part.{os.getpid()}.{threading.get_ident()}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -582,7 +582,7 @@ class CIQL(nn.Module):
         return Transitions(*(column.to(self.device) for column in normalised))
 
     def check_optimizers(self) -> None:
-        """Raise InputError for a parameter that no optimiser has: it would never be trained."""
+        """Raise InputError for a parameter that would never be trained, or never saved."""
         trained = {
             parameter
             for part in vars(self).values()
@@ -596,6 +596,11 @@ class CIQL(nn.Module):
                     f"{name} requires gradients, but no optimiser has it: give its network to"
                     " make_optimizer, or call requires_grad_(False)"
                 )
+        if not trained <= set(self.parameters()):
+            raise InputError(
+                "an optimiser has parameters that are not the agent's and would not be saved: hold"
+                " networks as attributes, a list of them in nn.ModuleList"
+            )
 
     def example(self, data: Transitions) -> tuple[Transitions, Tensor]:
         """A batch and its off-data actions, of the shapes that they have in a step."""
@@ -606,7 +611,7 @@ class CIQL(nn.Module):
     def compile_losses(self, data: Transitions) -> None:
         """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
 
-        Networks and random state are put back after the example that they are compiled with.
+        Attributes, networks and random state are put back after the example that this takes.
         """
         batch, negative_actions = self.example(data)
         how: dict[str, Any] = {"mode": "reduce-overhead"}  # CUDA: kernels are started together
@@ -616,7 +621,7 @@ class CIQL(nn.Module):
         losses = torch.compile(self.losses, fullgraph=True, **how)
         gaps = torch.compile(self.gaps, fullgraph=True, **how)
         before = copy.deepcopy(self.state_dict())
-        steps = self.steps
+        attributes = dict(vars(self))
         try:
             with torch.random.fork_rng([] if self.on_cpu else [self.device]):
                 losses(batch)[0].backward()
@@ -633,7 +638,7 @@ class CIQL(nn.Module):
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
             return
         finally:
-            self.steps = steps
+            vars(self).update(attributes)
             self.load_state_dict(before)
             self.zero_grad()
         self.losses = losses  # type: ignore[method-assign]
@@ -775,6 +780,7 @@ class Dataset(NamedTuple):
     rows: int  # of the file
     layout: str  # one of the three above
     source: str  # how it was re-collected, if it was, or ""
+    misplaced_ends: int = 0  # rows whose mark and whose next observation disagree about an end
 
 
 Columns = dict[str, np.ndarray]  # of a file, by their keys
@@ -810,8 +816,8 @@ def read_columns(path: Path) -> tuple[Columns, str]:
         if isinstance(error, OSError) and error.errno:
             cause = os.strerror(error.errno)  # without h5py's own story
         raise InputError(
-            f"{path}: cannot be read ({cause}); is it a whole HDF5 file with observations, actions,"
-            " rewards and terminals?"
+            f"{path}: cannot be read ({cause}); --dataset names a whole HDF5 file with"
+            " observations, actions, rewards and terminals"
         ) from error
 
     rows = len(columns["observations"])
@@ -937,6 +943,10 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
         columns = as_d4rl(path, columns, max_episode_steps)
 
     is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
+    misplaced_ends = 0
+    if layout == D4RL and "next_observations" in columns:
+        goes_on = (columns["next_observations"][:-1] == columns["observations"][1:]).all(1)
+        misplaced_ends = int((goes_on == is_end[:-1]).sum())
     first = np.insert(np.flatnonzero(is_end) + 1, 0, 0)
     lengths = np.diff(first, append=len(is_end))  # the last piece is incomplete or empty
     longest = lengths.argmax()
@@ -955,7 +965,23 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
         rows=rows,
         layout=layout,
         source=source,
+        misplaced_ends=misplaced_ends,
     )
+
+
+def as_float32(data: Transitions) -> Transitions:
+    """The caller's transitions, arrays or tensors of any kind, as tensors. Raises InputError."""
+    if not isinstance(data, Transitions):
+        raise InputError(f"data is a {type(data).__name__}, but must be Transitions")
+    columns = {}
+    for key, column in data._asdict().items():
+        if isinstance(column, Tensor):
+            column = column.detach().cpu()
+        try:
+            columns[key] = torch.from_numpy(np.ascontiguousarray(column, np.float32))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"data: {key} is no array of numbers: {error}") from error
+    return Transitions(**columns)
 
 
 def dataset_of(data: Transitions) -> Dataset:
@@ -1000,10 +1026,10 @@ def check_transitions(data: Transitions, env: Any, name: str) -> Transitions:
     }
     for key, shape in expected.items():
         column = getattr(data, key)
-        if column.shape != shape or column.dtype != torch.float32:
+        if column.shape != shape:
             raise InputError(
-                f"{name}: {key} is {column.dtype} {tuple(column.shape)}, but torch.float32 {shape}"
-                " fits the environment; set env_id to that of the recording"
+                f"{name}: {key} is of shape {tuple(column.shape)}, but {shape} fits the"
+                " environment; reshape it, or set env_id to that of the recording"
                 f"{fitting_robot(data.observations, data.actions)}"
             )
         if not column.isfinite().all():
@@ -1089,7 +1115,13 @@ def find_dataset(dataset: str) -> Path:
 
 
 def note_ends(dataset: Dataset, env_id: str, limit: int) -> None:
-    """Print a NOTE where time limits may have been read as terminations."""
+    """Print a NOTE where ends may be in other rows, or time limits be read as terminations."""
+    if dataset.misplaced_ends:
+        say(
+            f"NOTE   {dataset.misplaced_ends:,} rows are marked as an end though the next row goes"
+            " on, or go on elsewhere without a mark: are 'terminals' or 'timeouts' a row off, or"
+            " 'next_observations' of other rows?"
+        )
     ended_after = dataset.lengths[dataset.terminated]
     if not len(ended_after):
         return
@@ -1116,7 +1148,7 @@ def load_dataset(config: Config, env: Any, data: Transitions | None = None) -> D
         dataset = read_dataset(find_dataset(config.dataset), limit)
         checked = check_transitions(dataset.transitions, env, dataset.name)
     else:
-        data = Transitions(*(torch.as_tensor(column).detach().cpu() for column in data))
+        data = as_float32(data)
         checked = check_transitions(data, env, "data")
         dataset = dataset_of(data)
     dataset = dataset._replace(transitions=checked)
@@ -1330,10 +1362,11 @@ def start_wandb(folder: Path, config: Config) -> Any:
             resume="allow",
             reinit="finish_previous",
         )
-    except wandb.Error as error:
+    except (wandb.Error, ValueError) as error:  # of pydantic, for a bad WANDB_... variable
         reason = " ".join(str(error).split())
         raise InputError(
-            f"Weights & Biases does not start ({reason}); wandb login, or set WANDB_MODE=offline"
+            f"Weights & Biases does not start ({reason}); mend that, wandb login, or set"
+            " WANDB_MODE=offline"
         ) from error
     run.define_metric("*", step_metric="step")
     return run
@@ -1349,9 +1382,12 @@ class History:
     processes: list[dict[str, Any]] = field(default_factory=list)  # that trained the run
 
     def add(self, metrics: Metrics) -> None:
-        """Add the metrics of a step; this does not wait for the device."""
+        """Add the metrics of a step; this does not wait for the device. Raises InputError."""
         for name, figure in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(figure).detach()
+            value = torch.as_tensor(figure).detach()
+            if value.ndim:
+                raise InputError(f"the metric {name} is of shape {tuple(value.shape)}; average it")
+            self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def take_means(self) -> dict[str, float]:
@@ -1749,8 +1785,6 @@ def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Config, dict[
                 f"{folder} is there already, with {', '.join(listed)}; take another --name, or"
                 f" change that run with --resume {folder}"
             )
-        if not config.resume:
-            say(f"NOTE   {folder} is there already: the run goes on")
     threads = threads or min(4, torch.get_num_threads())
     config = dataclasses.replace(config, threads=threads, name="", resume=str(folder))
     return config, checkpoint
@@ -1776,7 +1810,7 @@ def make_folder(folder: Path, stack: contextlib.ExitStack) -> None:
 
     def remove_if_empty() -> None:
         if not any((folder / name).exists() for name in ("metrics.csv", "checkpoint.pt")):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # it may be gone
 
     if is_new:
         stack.callback(remove_if_empty)
@@ -1946,13 +1980,14 @@ def train(
         history = History()
         if checkpoint:
             history = restore(checkpoint, config, dataset, checksum, agent)
-            evaluated = last_step(history.rows, "return_mean")
-            if checkpoint["step"] == config.max_steps == evaluated:
-                say(
-                    f"done   {folder} has all of its {config.max_steps:,} steps: nothing is left;"
-                    " raise --max-steps, or play it with --evaluate"
-                )
-                return folder, curve_of(history.rows)
+        logged = last_step(history.rows, "steps_per_second")
+        evaluated = last_step(history.rows, "return_mean")
+        if agent.steps == config.max_steps == evaluated:
+            say(
+                f"done   {folder} has all of its {config.max_steps:,} steps: nothing is left; raise"
+                " --max-steps, or play and film it with --evaluate"
+            )
+            return folder, curve_of(history.rows)
         accelerate(agent, prepared, stack)
 
         # Run folder
@@ -1977,8 +2012,6 @@ def train(
         # Steps
         bar = tqdm(desc="train", total=config.max_steps, initial=agent.steps, disable=None)
         stack.enter_context(bar)
-        logged = last_step(history.rows, "steps_per_second")
-        evaluated = last_step(history.rows, "return_mean")
         timed = agent.steps  # steps per second are those since then
         since = time.perf_counter()
         while True:

@@ -498,6 +498,21 @@ def test_losses_that_change_with_the_step_run_eagerly(capsys):
     assert agent.steps == 0 and "losses" not in vars(agent)
 
 
+@pytest.mark.slow
+def test_compiling_leaves_no_trace_in_attributes(capsys):
+    class Counting(CIQL):
+        def losses(self, batch):
+            self.seen = self.seen + 1
+            return super().losses(batch)
+
+    agent = started(small(alpha=0.0), Counting)
+    agent.seen = torch.zeros(())
+    agent.compile_losses(random_data())
+    assert agent.seen == 0
+    run_steps(agent, 3)
+    assert agent.seen == 3 and capsys.readouterr().out == ""
+
+
 def test_step_that_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler found\nand a page more")
@@ -532,6 +547,12 @@ def test_parameters_that_nothing_would_train():
     agent.make_optimizer(agent.policy, agent.value, agent.critic)
     agent.check_optimizers()
     run_steps(agent, 1)  # that nothing uses it is no error
+    agent.others = [ValueNetwork(S, (8,))]  # a plain list, which nothing would save
+    agent.make_optimizer(agent.policy, agent.value, agent.critic, *agent.others)
+    with refused("parameters that are not the agent's", "nn.ModuleList"):
+        agent.check_optimizers()
+    agent.others = torch.nn.ModuleList(agent.others)
+    agent.check_optimizers()
 
 
 def test_settings_of_a_resumed_optimiser_are_the_configs():

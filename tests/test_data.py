@@ -38,6 +38,7 @@ from ciql_pybullet import (
     find_dataset,
     load_checkpoint,
     load_dataset,
+    note_ends,
     play_episode,
     read_dataset,
     train,
@@ -166,6 +167,26 @@ def test_d4rls_layout_without_next_observations(tmp_path):
     assert dataset.returns.tolist() == [2023, 1041, 3066, 1051, 2123]
     ended = write_file(tmp_path / "ended.hdf5", *D4RL[:5], next_observations=None)
     assert read_transitions(ended).terminations.tolist() == [0, 1, 1, 0, 0, 0, 1]
+
+
+def test_ends_a_row_off(tmp_path, capsys):
+    """Marks that are late or early, and successors of other rows, are told by the next row."""
+    episodes = [d4rl_episode(3, 10 * n + 1, terminal=1) for n in range(4)]
+    columns = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
+    for key, shift, expected in [
+        ("terminals", 0, 0),
+        ("terminals", 1, 7),  # three ends, each once marked too late and once missed; and row 0
+        ("terminals", -1, 7),
+        ("next_observations", 1, 8),
+    ]:
+        moved = {key: np.roll(columns[key], shift, 0)}
+        path = write_file(tmp_path / "data.hdf5", *episodes, **moved)
+        dataset = read_dataset(path)
+        assert dataset.misplaced_ends == expected
+        note_ends(dataset, "Lab-v0", limit=1000)
+        assert (f"NOTE   {expected} rows are marked as an end" in capsys.readouterr().out) == (
+            expected > 0
+        )
 
 
 # ------------------------------------------------------------------ neither layout, doubtful limits
@@ -378,12 +399,18 @@ def test_the_published_file_comes_after_a_run_on_the_sample(tmp_path, no_picture
     assert load_checkpoint(folder)["step"] == 3
 
 
-def test_own_transitions_may_be_arrays_or_need_gradients():
+def test_own_transitions_may_be_of_any_kind():
     data = own_transitions()
     env = robot_environment("HopperBulletEnv-v0")
+    arrays = Transitions(*(column.numpy() for column in data))
     for given in (
-        Transitions(*(column.numpy() for column in data)),
         data._replace(observations=data.observations.clone().requires_grad_()),
+        Transitions(*(column.astype(">f8") for column in arrays)),
+        arrays._replace(
+            observations=arrays.observations[::-1].copy()[::-1],
+            rewards=arrays.rewards.tolist(),
+            terminations=arrays.terminations.astype(bool),
+        ),
     ):
         loaded = load_dataset(Config(env_id="HopperBulletEnv-v0"), env, given).transitions
         for column, expected in zip(loaded, data, strict=True):
@@ -414,14 +441,10 @@ STILL = dict.fromkeys(SAME, torch.zeros(6, 15))
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (own_transitions(observation_dim=14), "(6, 14), but torch.float32 (6, 15) fits"),
-        (
-            own_transitions(action_dim=2),
-            "actions is torch.float32 (6, 2), but torch.float32 (6, 3)",
-        ),
+        (own_transitions(observation_dim=14), "(6, 14), but (6, 15) fits the environment"),
+        (own_transitions(action_dim=2), "actions is of shape (6, 2), but (6, 3) fits"),
         (own_transitions(next_observations=torch.zeros(6, 3)), "next_observations is"),
-        (own_transitions(rewards=torch.zeros(6, 1)), "rewards is torch.float32 (6, 1)"),
-        (own_transitions(rewards=torch.zeros(6).double()), "rewards is torch.float64 (6,)"),
+        (own_transitions(rewards=torch.zeros(6, 1)), "rewards is of shape (6, 1)"),
         (own_transitions(rewards=torch.full((6,), np.nan)), "rewards holds NaN"),
         (
             own_transitions(observations=torch.full((6, 15), np.inf)),
@@ -437,6 +460,21 @@ STILL = dict.fromkeys(SAME, torch.zeros(6, 15))
 def test_transitions_that_do_not_fit(data, named):
     with refused(named):
         check_transitions(data, robot_environment("HopperBulletEnv-v0"), "data")
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (own_transitions()._asdict(), "data is a dict, but must be Transitions"),
+        (tuple(own_transitions()), "data is a tuple, but must be Transitions"),
+        (own_transitions(rewards=["a"] * 6), "rewards is no array of numbers"),
+        (own_transitions(rewards=[[1], [1, 2]]), "rewards is no array of numbers"),
+    ],
+)
+def test_data_that_are_no_transitions(data, named):
+    env = robot_environment("HopperBulletEnv-v0")
+    with refused("data", named):
+        load_dataset(Config(env_id="HopperBulletEnv-v0"), env, data)
 
 
 def test_successors_that_may_be_the_observations():

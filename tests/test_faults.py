@@ -253,6 +253,9 @@ def test_folder_named_wandb(tmp_path, monkeypatch):
 
 def test_wandb_without_a_login(lab, monkeypatch, fails, command):
     """The start fails, late: the folder goes again, but not one that was there before."""
+    import wandb
+
+    wandb.teardown()  # it would keep the settings of an earlier test
     monkeypatch.setenv("HOME", str(lab))
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -262,6 +265,9 @@ def test_wandb_without_a_login(lab, monkeypatch, fails, command):
     killed = lab / "runs" / "killed" / "code-from-step-0"
     killed.mkdir(parents=True)
     assert command(*arguments, "--name", "killed")[0] == 2 and killed.exists()
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    fails(*arguments, named=("Weights & Biases does not start", "bogus"))
 
 
 # ----------------------------------------------------------------------------------------- download
