@@ -178,13 +178,20 @@ def add_data(runs: dict[str, Run]) -> None:
 
 # ---------------------------------------------------------------------------- what is there already
 def read_known(folder: Path) -> dict[str, Row]:
-    """The rows of summary.csv by run, as they were written. Raises InputError for another table."""
+    """The rows of summary.csv by run, as they were written.
+
+    Raises InputError for another table, and for results whose runs are gone: writing the tables
+    anew would lose them.
+    """
     path = folder / "summary.csv"
     if not path.exists():
         return {}
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not {*KEYS, "folder", "error"}.issubset(rows):
+    if not {*KEYS, "state", "folder", "error"}.issubset(rows):
         raise InputError(f"{path} is of another version; name another --study")
+    for name in rows.loc[rows["state"] == "complete", "folder"]:
+        if not (folder / name / "checkpoint.pt").exists():
+            raise InputError(f"{folder / name} is gone; put it back, or name another --study")
     return {row["folder"]: row for row in rows.to_dict("records")}
 
 
@@ -241,8 +248,10 @@ def start_ray(address: str) -> None:
             f"Ray does not answer at {address or 'this machine'} ({error!s:.150}); start it"
             " (ray start --head), set its token, or pip install -U ray"
         ) from error
-    # What a queue sends when time is up is as Ctrl-C; Ray's own handler aborts.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What a queue sends when time is up, or a lost terminal, is as Ctrl-C; Ray's handlers abort.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
 
 
 def set_threads(runs: list[Run]) -> None:
@@ -265,6 +274,8 @@ def train_run(run: Run) -> str:
 
     That is no exception, as it would come again: Ray retries what dies, and nothing else.
     """
+    # Ray cancels by SIGINT, which a shell may have had ignored for all that it started.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (
         open(Path(run.config.out_dir, f"{run.config.name}.log"), "a", buffering=1) as log,
         contextlib.redirect_stdout(log),
@@ -344,9 +355,9 @@ def write_results(folder: Path, rows: dict[str, Row]) -> None:
             row |= figures_of(means, row["env_id"]) | {"state": "complete", "error": ""}
             if not np.isfinite(means).all():
                 row |= {"state": "failed", "error": "a return is NaN or infinite"}
-    pd.DataFrame(curves).to_csv(folder / "curves.csv", index=False)
     summary = pd.DataFrame(list(rows.values()), dtype=object)
-    ciql.write_whole(folder / "summary.csv", summary.to_csv(index=False).encode())
+    for path, frame in (("summary.csv", summary), ("curves.csv", pd.DataFrame(curves))):
+        ciql.write_whole(folder / path, frame.to_csv(index=False).encode())
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -438,15 +449,14 @@ def read_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def summarize(folder: Path, baseline: str = "") -> None:
     """Print the statistics of a study's two tables and draw its pictures. Raises InputError."""
     summary, curves = read_tables(folder)
-    if baseline:
-        if baseline not in set(summary["method"]):
-            methods = ", ".join(summary["method"].unique())
-            raise InputError(f"baseline is {baseline}, but the methods of {folder} are {methods}")
-        summary = summary.iloc[np.argsort(summary["method"] != baseline, kind="stable")]
+    if baseline and baseline not in set(summary["method"]):
+        methods = ", ".join(summary["method"].unique())
+        raise InputError(f"baseline is {baseline}, but the methods of {folder} are {methods}")
     complete = summary[summary["state"] == "complete"]
-    scored = complete.dropna(subset="score")
-    for dataset, runs in complete.groupby("dataset", sort=False):
+    baseline_first = complete.iloc[np.argsort(complete["method"] != baseline, kind="stable")]
+    for dataset, runs in baseline_first.groupby("dataset", sort=False):
         print(f"\n{dataset}, return\n{table(runs, 'final_return').to_string()}")
+    scored = baseline_first.dropna(subset="score")
     if scored["dataset"].nunique() > 1:
         print(f"\nall data sets, score\n{table(scored, 'score').to_string()}")
     if len(complete):
@@ -464,7 +474,7 @@ def summarize(folder: Path, baseline: str = "") -> None:
     if len(complete):
         draw_curves(folder / "study_returns.png", complete, curves)
     if len(scored):
-        draw_scores(folder / "study_scores.png", scored)
+        draw_scores(folder / "study_scores.png", complete.dropna(subset="score"))
     print(f"wrote  {folder}")
 
 
