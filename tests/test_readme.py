@@ -29,13 +29,17 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 OTHERS = [
     (ROOT / folder / "README.md").read_text() for folder in ("data", "study", "study/results")
 ]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def python_of(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def commands_of(text):
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     lines = [line for kind, block in blocks if not kind for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(python|pip|tensorboard) ", line)]
+    commands = [line for line in lines if re.match(r"(python|pip|tensorboard) ", line)]
+    return [re.sub(r" +#.*", "", command) for command in commands]
 
 
 COMMANDS = commands_of(README)
@@ -120,7 +124,7 @@ def test_what_commands_leave(results, workplace):
     assert os.path.getsize(folder / "policy.gif") < 3e6
     for column in (folder / "metrics.csv").read_text().splitlines()[0].split(","):
         assert f"`{column}`" in REFERENCE or column == "step", column
-    (code,) = [code for code in PYTHON if "load_policy" in code]
+    (code,) = [code for code in python_of(REFERENCE) if "load_policy" in code]
     code = "import numpy; observation = numpy.zeros(15)\n" + code + "assert action.shape == (3,)\n"
     result = workplace(f"env PYTHONPATH={ROOT} {sys.executable} -c {shlex.quote(code)}")
     assert result.returncode == 0, result.stderr
@@ -128,10 +132,8 @@ def test_what_commands_leave(results, workplace):
 
 def test_recording_a_file(tmp_path, monkeypatch, capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
-    (record,) = [code for code in PYTHON if "my.hdf5" in code]
-    (look,) = [
-        code for code in re.findall(r"```python\n(.*?)```", REFERENCE, re.DOTALL) if "fall" in code
-    ]
+    (record,) = [code for code in python_of(README) if "my.hdf5" in code]
+    (look,) = [code for code in python_of(REFERENCE) if "fall" in code]
     monkeypatch.chdir(tmp_path)
     seeded = record.replace("env.reset()", "env.action_space.seed(0)\nenv.reset()", 1)
     exec(seeded, {})  # noqa: S102
@@ -148,7 +150,7 @@ def test_recording_a_file(tmp_path, monkeypatch, capsys):
 
 def test_minari(monkeypatch):
     """The example, on an object with the two attributes of a Minari data set that it uses."""
-    (code,) = re.findall(r"```python\n([^`]*minari.*?)```", REFERENCE, re.DOTALL)
+    (code,) = [code for code in python_of(REFERENCE) if "minari" in code]
     episode = types.SimpleNamespace(
         observations=np.arange(8.0).reshape(4, 2),
         actions=np.zeros((3, 1)),
@@ -211,7 +213,7 @@ def test_examples_of_how_to_change_it(workplace, tmp_path):
 
 
 def test_example_of_an_agent(lab, no_pictures, monkeypatch):
-    (code,) = [code for code in PYTHON if "(CIQL)" in code]
+    (code,) = [code for code in python_of(README) if "(CIQL)" in code]
     runs = []
 
     def train_small(config, make_agent):
