@@ -30,9 +30,9 @@ off-data actions ā are drawn uniformly from the action box, num_neg per state.
     Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
     π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
 
-The losses and E are means over a batch, so the clamp is open or closed for a whole batch. The
-losses of Q1 and Q2 are added. After a true termination y is r alone. exp(β · adv) is capped at
-max_weight. IQL has no max(0, ·) in adv (--no-clamp-advantage).
+The losses and E are means over a batch. So the clamp of a whole batch is open, and the penalty
+acts, or closed, and it is 0. The losses of Q1 and Q2 are added. After a true termination y is r
+alone. exp(β · adv) is capped at max_weight. IQL has no max(0, ·) in adv (--no-clamp-advantage).
 
     python ciql_pybullet.py                       train with the settings below
     python ciql_pybullet.py --alpha 0             any setting is also a flag
@@ -73,7 +73,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# Ctrl-C ends the program without a traceback; while it trains, ``train`` catches it.
+# Ctrl-C during the slow imports shall print no traceback; while it trains, ``train`` catches it.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -122,7 +122,7 @@ class Config:
     threads: int = 0  # CPU threads; 0: one per core, at most four
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
     compile: bool = True  # compile the losses (about a minute once; needs a C++ compiler)
-    name: str = ""  # of the run's folder; empty: data set, what is not the default, seed, time
+    name: str = ""  # of the run's folder; empty: one is made of data set, changed settings, time
     plot: str = "eval_returns.png"  # picture of the evaluation returns
     out_dir: str = "runs"  # every run makes a folder in here: settings, metrics, checkpoint
     wandb_project: str = ""  # also log to this Weights & Biases project (needs: pip install wandb)
@@ -150,9 +150,9 @@ RANGES = {  # intervals as in mathematics: a round bracket leaves its end out
     "eval_episodes": ("[", 1, 2**20, ")"),
     "threads": ("[", 0, 1024, "]"),
 }
-# These do not make another experiment: what is learned differs by rounding and random draws at most
-# (and by max_steps where the policy's rate decays). All other settings name a run, and a NOTE lists
-# them when a resumed run changes them. A setting of your own is a line in Config and no more.
+# All other settings appear in a run's name, and a NOTE tells when a resumed run changes them. So a
+# setting of your own is a line in Config, and nothing else is needed. (A name begins with the data
+# set, and a resumed run is held to its data and environment.)
 NEUTRAL_SETTINGS = {
     "dataset",
     "env_id",
@@ -390,7 +390,7 @@ class Transitions(NamedTuple):
     terminations: Tensor  # (N,), 1 where the episode truly ended, 0 where it went on or was cut
 
 
-Metrics = dict[str, Tensor]  # figures of a step by name, each ()
+Metrics = dict[str, Tensor]  # scalars by name, for the log
 
 
 def find_device(name: str) -> torch.device:
@@ -446,7 +446,7 @@ class CIQL(nn.Module):
         self.to(self.device)
         self.make_optimizer(self.policy, self.value, self.critic)
         self.steps = 0  # gradient steps taken
-        self.meter: GapMeter | None = None  # defined below; ``prepare`` makes one on the CPU
+        self.meter: GapMeter | None = None  # measures the gaps first; ``prepare`` makes it, on CPU
 
     def make_critic(self) -> nn.Module:
         """The critic; its target is a copy. It may hold any number of Q."""
@@ -472,7 +472,7 @@ class CIQL(nn.Module):
         """The sum of the losses of V, Q and π without the penalty, (), and figures for the log.
 
         Targets and advantage have no gradient, so each loss trains its own network alone, and one
-        backward pass serves all three. The batch stays as it is: the penalty reads it, too.
+        backward pass serves all three. Do not change ``batch`` in place: the penalty reads it, too.
         """
         c = self.config
         s = batch.observations
@@ -515,7 +515,11 @@ class CIQL(nn.Module):
         return conservative_gap(q_neg, q_data)
 
     def update(self, data: Transitions) -> Metrics:
-        """One gradient step on a batch drawn from ``data``, which ``prepare`` made."""
+        """One gradient step on a batch drawn from ``data``, which ``prepare`` made.
+
+        It lowers ``losses`` + α · Σ ReLU(``gaps``). The second term has a backward pass of its own,
+        which is left out while the clamp is closed.
+        """
         c = self.config
         if not self.on_cpu:  # the CUDA graphs may overwrite what the last step returned
             torch.compiler.cudagraph_mark_step_begin()
@@ -534,7 +538,8 @@ class CIQL(nn.Module):
             gaps = self.backward_of_penalty(batch, negative_actions)
             penalty = torch.relu(gaps).sum()
             metrics["penalty"] = penalty
-            metrics["q_loss"] = metrics["q_loss"] + c.alpha * penalty
+            if "q_loss" in metrics:  # losses of your own may report none
+                metrics["q_loss"] = metrics["q_loss"] + c.alpha * penalty
             for number, gap in enumerate(gaps, start=1):
                 metrics[f"gap{number}"] = gap
             metrics["clamp_open"] = (penalty > 0).float()  # the penalty of any Q acts
@@ -551,8 +556,8 @@ class CIQL(nn.Module):
     def backward_of_penalty(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
         """Add the gradient of the penalty to that of the losses; returns the gaps, (num_q,).
 
-        ReLU has no gradient below 0, and after the first steps the gaps are nearly always there. So
-        on the CPU they are first measured by a forward pass alone, a third of the work. On CUDA the
+        After the first steps the gaps are nearly always below 0, where ReLU has no gradient. So on
+        the CPU they are first measured by a forward pass alone, a third of the work. On CUDA the
         host would have to wait for the result.
         """
         if self.meter:
@@ -564,7 +569,7 @@ class CIQL(nn.Module):
         return gaps.detach()
 
     def evaluated_policy(self) -> nn.Module:
-        """The policy that evaluations play and ``load_policy`` loads; an average of it, perhaps."""
+        """The policy to evaluate and to save; override it to return an average of it, say."""
         return self.policy
 
     def prepare(self, data: Transitions) -> Transitions:
@@ -626,7 +631,8 @@ class CIQL(nn.Module):
             with torch.random.fork_rng([] if self.on_cpu else [self.device]):
                 losses(batch)[0].backward()
                 self.steps += 1
-                with torch.compiler.set_stance("fail_on_recompile"):  # one graph is for all steps
+                # Losses that read a number like self.steps would need a graph for every step.
+                with torch.compiler.set_stance("fail_on_recompile"):
                     losses(batch)
                 if self.config.alpha > 0:
                     gaps(self.critic, batch, negative_actions).sum().backward()
@@ -663,7 +669,8 @@ class CIQL(nn.Module):
             if isinstance(part, torch.optim.Optimizer):
                 settings = [dict(group) for group in part.param_groups]
                 part.load_state_dict(state[name])
-                # The rates and other settings are those of now, unless a scheduler owns them.
+                # Its state is the saved one, its rate and other settings are those of now, unless a
+                # scheduler, which sets initial_lr, owns them.
                 for group, own in zip(part.param_groups, settings, strict=True):
                     if "initial_lr" not in group:
                         group.update(own)
@@ -736,6 +743,10 @@ class Robot(NamedTuple):
         """100 · (return − random) / (expert − random)."""
         span = self.expert_return - self.random_return
         return 100 * (episode_return - self.random_return) / span
+
+    def episode_return(self, score: Any) -> Any:
+        """The return that has this score."""
+        return self.random_return + score * (self.expert_return - self.random_return) / 100
 
 
 # Random returns: the published means; Ant's was measured, as its dynamics have changed. Expert
@@ -820,16 +831,18 @@ def read_columns(path: Path) -> tuple[Columns, str]:
             " observations, actions, rewards and terminals"
         ) from error
 
-    rows = len(columns["observations"])
+    rows = columns["observations"].shape[:1]
     for key, dimensions in (DIMENSIONS | OPTIONAL_DIMENSIONS).items():
         if key not in columns:
             continue
         if dimensions == 1 and columns[key].shape[1:] == (1,):  # stored as (N, 1) or (N,)
             columns[key] = columns[key][:, 0]
         shape = columns[key].shape
-        if len(shape) != dimensions or len(columns[key]) != rows:
+        if len(shape) != dimensions or shape[:1] != rows:
+            expected = "(N,)" if dimensions == 1 else "(N, dim)"
             raise InputError(
-                f"{path}: {key} of shape {shape} do not fit {rows:,} rows of observations"
+                f"{path}: {key} of shape {shape} do not fit; they must be of {expected}, N as for"
+                " observations"
             )
     for key in ("terminals", "timeouts"):
         if key in columns and not np.isin(columns[key], (0, 1)).all():
@@ -837,7 +850,7 @@ def read_columns(path: Path) -> tuple[Columns, str]:
     written = np.flatnonzero(
         columns["observations"].any(1) | columns["actions"].any(1) | (columns["rewards"] != 0)
     )
-    unwritten = rows - 1 - written.max(initial=-1)
+    unwritten = rows[0] - 1 - written.max(initial=-1)
     if unwritten > 1:  # a single row may be of a robot at rest
         raise InputError(f"{path}: the last {unwritten:,} rows are all zero; cut them off")
     return columns, source
@@ -1010,7 +1023,10 @@ def dataset_of(data: Transitions) -> Dataset:
 def fitting_robot(observations: Any, actions: Any) -> str:
     """A hint for messages: the robot that columns of these shapes fit, if it is exactly one."""
     shapes = (observations.shape[-1], actions.shape[-1])
-    fitting = [env_id for env_id, robot in ROBOTS.items() if robot[:2] == shapes]
+    fitting = []
+    for env_id, robot in ROBOTS.items():
+        if (robot.observation_dim, robot.action_dim) == shapes:
+            fitting.append(env_id)
     return f" (its shapes fit {fitting[0]})" if len(fitting) == 1 else ""
 
 
@@ -1106,7 +1122,7 @@ def find_dataset(dataset: str) -> Path:
     except (OSError, InputError) as error:
         reason = f"{dataset} could not be downloaded ({error}); to have it, put {url} at {cached}"
         sample = SAMPLES / dataset.replace("-v0", "-sample.hdf5")
-        if sample.exists():
+        if os.path.exists(sample):
             say(f"NOTE   {reason}")
             return sample
         raise InputError(
@@ -1217,7 +1233,8 @@ def environment(env_id: str, film: bool = False) -> Iterator[Any]:
         env = gymnasium.make(env_id, **options)
     with contextlib.closing(env):
         with quiet():
-            # After the first reset rewards are off by a constant, so it is reset once more later.
+            # A fault of the simulator: after the first reset rewards are off by a constant. So this
+            # is thrown away, and whoever plays resets once more.
             env.reset(seed=0)
         yield env
 
@@ -1271,7 +1288,8 @@ def play_episode(
 ) -> float:
     """The undiscounted return of an episode, a function of policy and seed alone.
 
-    A signal in ``stop`` ends it early. ``frames`` receives pictures of the first ten seconds.
+    ``stop`` is the list that ``stop_signals`` fills meanwhile: a signal in it ends the episode.
+    ``frames`` receives pictures of the first ten seconds.
     Raises RuntimeError for whatever the environment raises, SystemExit included: that would end a
     run as if it were complete.
     """
@@ -1336,7 +1354,7 @@ def evaluate(
 
 
 def film(path: Path, policy: nn.Module, config: Config) -> None:
-    """Write a GIF of an episode."""
+    """Write a GIF of the first ten seconds of an episode."""
     frames: list[Any] = []
     actor = copy.deepcopy(policy).cpu().eval()
     play_episode(actor, environment_id(config), config.seed, frames=frames)
@@ -1552,7 +1570,7 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise ValueError(f"version {checkpoint['version']}, not {CHECKPOINT_VERSION}")
         config = config_from_json(checkpoint["config"])
-        checkpoint["config"] = dataclasses.replace(config, resume=str(folder))
+        checkpoint["config"] = dataclasses.replace(config, resume=str(folder), name="")
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}); name the folder of a run that was evaluated"
@@ -1615,11 +1633,12 @@ class Final(NamedTuple):
 
     value: float  # the mean of the last evaluations
     evaluations: int  # how many these are
-    of: int  # ... of how many in all
+    total: int  # ... of how many
 
     def __str__(self) -> str:
-        words = f"the mean of the last {self.evaluations} of {self.of} evaluations"
-        return words if self.evaluations < self.of else f"the mean of all {self.of} evaluations"
+        if self.evaluations == self.total:
+            return f"the mean of all {self.total} evaluations"
+        return f"the mean of the last {self.evaluations} of {self.total} evaluations"
 
 
 def final_return(means: Sequence[float] | np.ndarray) -> Final:
@@ -1628,8 +1647,8 @@ def final_return(means: Sequence[float] | np.ndarray) -> Final:
     return Final(float(last.mean()), len(last), len(means))
 
 
-def method_name(config: Config, agent: str = "CIQL") -> str:
-    """What the agent is with these settings, for titles."""
+def method_name(config: Config, agent: str) -> str:
+    """What an agent of this class is with these settings, for titles."""
     if agent != "CIQL":
         return agent
     if config.beta == 0:
@@ -1658,8 +1677,7 @@ def draw_score(axes: Any, robot: Robot) -> None:
     axes.axhline(random, color="C2", linestyle=":", label=f"random, {random:.0f}")
     axes.axhline(expert, color="C4", linestyle="-.", label=f"expert, {expert:.0f}")
     axes.set_ylim(limits)
-    unscore = np.poly1d([(expert - random) / 100, random])
-    right = axes.secondary_yaxis("right", functions=(robot.score, unscore))
+    right = axes.secondary_yaxis("right", functions=(robot.score, robot.episode_return))
     right.set_ylabel("normalised score")
 
 
@@ -1759,8 +1777,8 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Config, dict[str, Any] | None]:
-    """The settings, with ``resume`` set to the run's folder, and its checkpoint; None of a new run.
+def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Path, dict[str, Any] | None]:
+    """The run's folder, and its checkpoint; None of a new run.
 
     A folder with a checkpoint stays locked until the ``stack`` ends. A run that is there under the
     same ``name`` goes on, so a queue may start a job again by the same command. Raises InputError
@@ -1768,26 +1786,19 @@ def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Config, dict[
     """
     folder = folder_of(config)
     is_there = os.path.exists(folder / "checkpoint.pt")
-    checkpoint = None
-    threads = config.threads
     if is_there:
         stack.callback(lock_folder(folder).release)
-    if is_there or config.resume:
-        checkpoint = load_checkpoint(folder)
-        saved = checkpoint["config"]
-        threads = threads or saved.threads
-        changed = differences(saved, config)
-        if changed and not config.resume:
-            listed = [
-                f"{name} {value} and not {vars(config)[name]}" for name, value in changed.items()
-            ]
-            raise InputError(
-                f"{folder} is there already, with {', '.join(listed)}; take another --name, or"
-                f" change that run with --resume {folder}"
-            )
-    threads = threads or min(4, torch.get_num_threads())
-    config = dataclasses.replace(config, threads=threads, name="", resume=str(folder))
-    return config, checkpoint
+    elif not config.resume:
+        return folder, None
+    checkpoint = load_checkpoint(folder)
+    changed = differences(checkpoint["config"], config)
+    if changed and not config.resume:
+        listed = [f"{name} {value} and not {vars(config)[name]}" for name, value in changed.items()]
+        raise InputError(
+            f"{folder} is there already, with {', '.join(listed)}; take another --name, or change"
+            f" that run with --resume {folder}"
+        )
+    return folder, checkpoint
 
 
 def make_folder(folder: Path, stack: contextlib.ExitStack) -> None:
@@ -1809,7 +1820,7 @@ def make_folder(folder: Path, stack: contextlib.ExitStack) -> None:
         raise InputError(f"another process trained in {folder} meanwhile; start it again")
 
     def remove_if_empty() -> None:
-        if not any((folder / name).exists() for name in ("metrics.csv", "checkpoint.pt")):
+        if not any(os.path.exists(folder / name) for name in ("metrics.csv", "checkpoint.pt")):
             shutil.rmtree(folder, ignore_errors=True)  # it may be gone
 
     if is_new:
@@ -1821,7 +1832,7 @@ def restore(
 ) -> History:
     """Put the agent and the random state back. Raises InputError if the run cannot go on."""
     saved: Config = checkpoint["config"]
-    run = config.resume
+    run = saved.resume
     if checkpoint["checksum"] != checksum:
         file = checkpoint["processes"][-1]["data"]
         raise InputError(
@@ -1952,12 +1963,16 @@ def train(
     ``data`` are transitions of the caller's own, from ``config.env_id``; none: ``config.dataset``.
     A resumed run goes on with ``config``; its own is ``load_checkpoint(folder)["config"]``.
     ``report`` is called after every evaluation, once it is saved, with its row of metrics.csv and
-    the folder. Raises InputError for what is wrong with settings and data; after saving what can be
-    saved, OSError for a machine that fails (a full disk), RuntimeError for an environment that
-    does, and SystemExit for a signal; FloatingPointError for losses that are not finite.
+    the folder.
+
+    Raises InputError for what is wrong with settings and data, and FloatingPointError for losses
+    that are not finite. After saving what can be saved, raises OSError for a machine that fails (a
+    full disk), RuntimeError for an environment that does, and SystemExit for a signal.
     """
     start = time.perf_counter()
     check(config)
+    if config.evaluate:
+        raise InputError("evaluate is set, but train plays nothing; use load_policy and evaluate")
     if data is not None:
         if not config.env_id:
             raise InputError("env_id is not set, but data come without an environment; set it")
@@ -1967,8 +1982,10 @@ def train(
     env_id = environment_id(config)
     with contextlib.ExitStack() as stack:
         # Data and agent
-        config, checkpoint = find_run(config, stack)
-        folder = Path(config.resume)
+        folder, checkpoint = find_run(config, stack)
+        saved_threads = checkpoint["config"].threads if checkpoint else 0
+        threads = config.threads or saved_threads or min(4, torch.get_num_threads())
+        config = dataclasses.replace(config, threads=threads)
         stack.enter_context(torch_settings(config))
         env = check_environment(env_id, config.film)
         dataset = load_dataset(config, env, data)
@@ -2000,9 +2017,9 @@ def train(
         say(f"run    {folder}, from step {agent.steps:,}")
         title = title_of(config, type(agent).__name__, dataset.source)
         pictures = (Path(config.plot), folder / Path(config.plot).name)
-        is_of_command_line = type(agent) is CIQL and data is None
+        flags_suffice = type(agent) is CIQL and data is None
         how_to_go_on = f"--resume {shlex.quote(str(folder))}"
-        if not is_of_command_line:
+        if not flags_suffice:
             how_to_go_on = f"train in Python, with config.resume {str(folder)!r}"
 
         def save() -> None:
@@ -2042,7 +2059,7 @@ def train(
             history.add(agent.update(prepared))
             bar.update()
 
-        if stop and evaluated < config.max_steps:
+        if stop and evaluated < config.max_steps:  # a complete run ends as usual
             if agent.steps > 0:
                 save()
                 with contextlib.suppress(OSError):  # after a hangup there is no terminal
@@ -2056,8 +2073,8 @@ def train(
     if config.film:
         film(folder / "policy.gif", agent.evaluated_policy(), config)
     say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")
-    if is_of_command_line:
-        playing = how_to_go_on.replace("--resume", "--evaluate")
+    if flags_suffice:
+        playing = f"--evaluate {shlex.quote(str(folder))}"
         say(f"next   {playing} --film, or {how_to_go_on} --max-steps {2 * config.max_steps}")
     else:
         say(f"next   load_policy({str(folder)!r}, ...), or {how_to_go_on} and a larger max_steps")

@@ -146,7 +146,7 @@ BAD_FILES = {
     "directory": (lambda path: path.mkdir(), "cannot be read"),
     "missing key": (replaced(terminals=None), "'terminals'"),
     "text for numbers": (text_column, "cannot be read"),
-    "short rewards": (replaced(rewards=HALF[1:]), "rewards of shape (131,) do not fit 132 rows"),
+    "short rewards": (replaced(rewards=HALF[1:]), "rewards of shape (131,) do not fit"),
     "flat observations": (replaced(observations=HALF), "observations of shape (132,)"),
     "wide rewards": (replaced(rewards=np.ones((132, 2))), "rewards of shape (132, 2)"),
     "terminal of a half": (replaced(terminals=HALF), "other than 0 and 1"),

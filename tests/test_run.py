@@ -303,7 +303,7 @@ def test_film(lab, no_pictures, command):
 def test_final_return(means, value, evaluations):
     """The last tenth of the evaluations, three at least; all where there are fewer."""
     final = final_return(list(means))
-    assert (final.value, final.evaluations, final.of) == (value, evaluations, len(means))
+    assert (final.value, final.evaluations, final.total) == (value, evaluations, len(means))
 
 
 def test_final_return_is_of_means(lab, no_pictures, capsys):
