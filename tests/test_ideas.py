@@ -1,6 +1,7 @@
 """Ideas as a student writes them: agents of a few lines, in ordinary PyTorch, that just work."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -154,27 +155,20 @@ class SampledGaps(CIQL):
 IDEAS = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
 
 
-def make(idea, compiled=False, state=None):
-    """An agent as ``train`` makes it, perhaps with the state of another, and its data."""
+def make(idea):
+    """An agent as ``train`` makes it, and its data."""
     torch.manual_seed(0)
     agent = idea(S, A, CONFIG)
     data = agent.prepare(own_transitions(300, S, A))
     agent.check_optimizers()
-    if state:
-        agent.load_training_state(copy.deepcopy(state))
-    agent.meter.start_helper(data)
-    if compiled:
-        agent.compile_losses(data)
     return agent, data
 
 
-def hundred_steps(idea, compiled=False):
-    """The agent afterwards, and what each step reported."""
-    agent, data = make(idea, compiled)
-    torch.manual_seed(1)
-    with torch.compiler.set_stance("eager_on_recompile" if compiled else "default"):
-        history = [agent.update(data) for _ in range(100)]
-    return agent, [{name: figure.item() for name, figure in row.items()} for row in history]
+def take_steps(agent, data, steps, seed=1):
+    """What each of these steps reported."""
+    torch.manual_seed(seed)
+    history = [agent.update(data) for _ in range(steps)]
+    return [{name: figure.item() for name, figure in row.items()} for row in history]
 
 
 def assert_same(one, other):
@@ -183,34 +177,64 @@ def assert_same(one, other):
         assert torch.equal(left, right), name
 
 
+@functools.cache
+def eager_run(idea):
+    """The agent after a hundred steps with the helper, and what they reported."""
+    agent, data = make(idea)
+    agent.meter.start_helper(data)
+    return agent, take_steps(agent, data, 100)
+
+
 @pytest.mark.parametrize("idea", IDEAS)
-def test_idea(idea):
-    """A hundred steps, twice to the bit; all of it is trained; it resumes as if never stopped."""
-    agent, history = hundred_steps(idea)
-    again, same = hundred_steps(idea)
-    assert history == same
+def test_idea_is_exact(idea):
+    """The same seed gives the same bits, all of it is trained, it resumes as if never stopped."""
+    agent, history = eager_run(idea)
+    again, data = make(idea)
+    before = copy.deepcopy(again)
+    again.meter.start_helper(data)
+    assert take_steps(again, data, 100) == history
     assert_same(agent, again)
-    fresh, _ = make(idea)
-    for (name, before), after in zip(fresh.named_parameters(), agent.parameters(), strict=True):
-        assert not (before.requires_grad and torch.equal(before, after)), name
+    for (name, old), new in zip(before.named_parameters(), again.parameters(), strict=True):
+        assert not (old.requires_grad and torch.equal(old, new)), name
 
-    resumed, data = make(idea, state=agent.training_state())
+    resumed, data = make(idea)
+    resumed.load_training_state(copy.deepcopy(agent.training_state()))
     assert resumed.steps == 100
-    for one in (agent, resumed):
-        torch.manual_seed(2)
-        for _ in range(10):
-            one.update(data)
-    assert_same(agent, resumed)
+    assert take_steps(resumed, data, 10, seed=2) == take_steps(again, data, 10, seed=2)
+    assert_same(again, resumed)
 
 
 @pytest.mark.parametrize("idea", IDEAS)
-def test_traced_idea(idea, monkeypatch, capsys):
+def test_traced_idea(idea, monkeypatch):
     """What the compiler traces of it, without machine code, takes the steps of the eager one."""
     compile_with = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph, options: compile_with(f, backend="aot_eager")
     )
-    _, history = hundred_steps(idea, compiled=True)
-    _, eager = hundred_steps(idea)
-    for traced_row, row in zip(history, eager, strict=True):
+    agent, data = make(idea)
+    agent.meter.start_helper(data)
+    agent.compile_losses(data)
+    assert "losses" in vars(agent)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        history = take_steps(agent, data, 100)
+    for traced_row, row in zip(history, eager_run(idea)[1], strict=True):
         assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("idea", "is_helped"), [(CIQL, True), (SampledGaps, False)])
+def test_helper_measures_gaps_that_draw_nothing(idea, is_helped):
+    """Else it were chance who draws first. The trial takes no random number from training."""
+    agent, data = make(idea)
+    before = torch.get_rng_state()
+    agent.meter.start_helper(data)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert bool(agent.meter.helper) == is_helped
+
+
+def test_measured_copy_has_the_buffers_of_the_critic():
+    agent, _ = make(SpectralCritic)
+    for tensor in agent.critic.state_dict().values():
+        tensor.uniform_()
+    agent.meter.measure = lambda batch, negative_actions: None  # it would move the buffers
+    agent.meter.start(None, None)
+    assert_same(agent.meter.critic, agent.critic)
