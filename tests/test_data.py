@@ -23,22 +23,7 @@ from conftest import (
     write_file,
 )
 
-import ciql_pybullet
-from ciql_pybullet import (
-    ROBOTS,
-    Config,
-    GaussianPolicy,
-    Transitions,
-    check_environment,
-    check_transitions,
-    dataset_of,
-    find_dataset,
-    load_dataset,
-    note_ends,
-    play_episode,
-    read_dataset,
-    train,
-)
+import ciql_pybullet as ciql
 
 HOPPER = "HopperBulletEnv-v0"
 
@@ -53,7 +38,7 @@ def box_environment(low, high, observation_dim=15):
 
 def robot_environment(env_id):
     """A robot's spaces and spec, without starting the simulator."""
-    robot = ROBOTS[env_id]
+    robot = ciql.ROBOTS[env_id]
     ones = np.ones(robot.action_dim)
     env = box_environment(-ones, ones, robot.observation_dim)
     env.spec = gymnasium.spec(env_id)
@@ -70,7 +55,7 @@ def test_every_number(tmp_path):
         episode(3, first=20),
         episode(3, first=30, closed=False),
     )
-    dataset = read_dataset(path, max_episode_steps=3)
+    dataset = ciql.read_dataset(path, max_episode_steps=3)
     t = dataset.transitions
     assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 22, 30, 31]
     assert t.next_observations[:, 0].tolist() == [11, 12, 41, 21, 22, 23, 31, 32]
@@ -87,7 +72,7 @@ def test_every_number(tmp_path):
     assert dataset.terminated.tolist() == [True, True, False]
     assert (dataset.rows, dataset.layout) == (12, "d4rl-pybullet's layout")
     # The same episode of three steps ends by itself where the limit is four.
-    assert read_dataset(path, 4).transitions.terminations.tolist() == [0, 1, 1, 0, 0, 1, 0, 0]
+    assert ciql.read_dataset(path, 4).transitions.terminations.tolist() == [0, 1, 1, 0, 0, 1, 0, 0]
 
 
 # ------------------------------------------------------------------------------------ D4RL's layout
@@ -125,7 +110,7 @@ def test_every_number_of_d4rls_layout(tmp_path):
         for key, column in columns.items():
             file.create_dataset(key, data=column, compression="gzip")
         file["infos/qpos"] = np.zeros((3, 2))
-    dataset = read_dataset("data.hdf5", max_episode_steps=3)
+    dataset = ciql.read_dataset("data.hdf5", max_episode_steps=3)
     t = dataset.transitions
     assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 22, 50, 60, 61, 30, 31]
     assert t.next_observations[:, 0].tolist() == [11, 12, 41, 21, 22, 23, 51, 61, 62, 31, 32]
@@ -143,7 +128,7 @@ def test_every_number_of_d4rls_layout(tmp_path):
 def test_d4rls_layout_without_next_observations(tmp_path):
     """The last step of a cut episode has no successor, nor has the last row: they are left out."""
     path = write_file(tmp_path / "data.hdf5", *D4RL, next_observations=None)
-    dataset = read_dataset(path)
+    dataset = ciql.read_dataset(path)
     t = dataset.transitions
     assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 60, 61, 30]
     assert t.rewards.tolist() == [1011, 1012, 1041, 1021, 1022, 1061, 1062, 1031]
@@ -153,7 +138,7 @@ def test_d4rls_layout_without_next_observations(tmp_path):
     assert t.next_observations.isfinite().all()
     assert dataset.returns.tolist() == [2023, 1041, 3066, 1051, 2123]
     ended = write_file(tmp_path / "ended.hdf5", *D4RL[:5], next_observations=None)
-    assert read_dataset(ended).transitions.terminations.tolist() == [0, 1, 1, 0, 0, 0, 1]
+    assert ciql.read_dataset(ended).transitions.terminations.tolist() == [0, 1, 1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -169,9 +154,9 @@ def test_ends_a_row_off(tmp_path, capsys, key, shift, misplaced):
     """The next row tells of marks that are late or early, and of successors of other rows."""
     episodes = [d4rl_episode(3, 10 * n + 1, terminal=1) for n in range(4)]
     moved = np.roll(np.concatenate([e[key] for e in episodes]), shift, 0)
-    dataset = read_dataset(write_file(tmp_path / "data.hdf5", *episodes, **{key: moved}))
+    dataset = ciql.read_dataset(write_file(tmp_path / "data.hdf5", *episodes, **{key: moved}))
     assert dataset.misplaced_ends == misplaced
-    note_ends(dataset, "Lab-v0", limit=1000)
+    ciql.note_ends(dataset, "Lab-v0", limit=1000)
     note = f"NOTE   {misplaced} rows are marked as an end"
     assert (note in capsys.readouterr().out) == (misplaced > 0)
 
@@ -247,7 +232,9 @@ def test_bad_file(tmp_path, name):
     make, named = BAD_FILES[name]
     make(tmp_path / "data.hdf5")
     with refused("data.hdf5: ", named):
-        load_dataset(Config(dataset="data.hdf5", env_id=HOPPER), robot_environment(HOPPER))
+        ciql.load_dataset(
+            ciql.Config(dataset="data.hdf5", env_id=HOPPER), robot_environment(HOPPER)
+        )
 
 
 def test_file_larger_than_the_memory(tmp_path, monkeypatch):
@@ -260,7 +247,7 @@ def test_file_larger_than_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     needed = "1,000,000,000 rows need 223.52 GiB of memory, 2.00 GiB are free"
     with refused(f"data.hdf5: {needed}; take a part of the file"):
-        read_dataset("data.hdf5")
+        ciql.read_dataset("data.hdf5")
 
 
 def test_bandit_file(tmp_path):
@@ -269,8 +256,8 @@ def test_bandit_file(tmp_path):
     columns = {key: np.zeros(shape) for key, shape in shapes.items()}
     columns["actions"][0] = 1
     columns |= {"rewards": np.ones(9), "terminals": np.ones(9), "timeouts": np.zeros(9)}
-    data = read_dataset(write_file(tmp_path / "data.hdf5", columns)).transitions
-    check_transitions(data, robot_environment(HOPPER), "data")
+    data = ciql.read_dataset(write_file(tmp_path / "data.hdf5", columns)).transitions
+    ciql.check_transitions(data, robot_environment(HOPPER), "data")
     assert data.rewards.sum() == data.terminations.sum() == 9
 
 
@@ -289,12 +276,12 @@ SAME_LENGTH = "3 terminations after just 5 steps"
     ],
 )
 def test_ends_at_a_time_limit(tmp_path, capsys, env_id, lengths, limit, timeouts, note):
-    robot = ROBOTS[env_id]
+    robot = ciql.ROBOTS[env_id]
     dims = (robot.observation_dim, robot.action_dim)
     episodes = [episode(steps, 0, *dims) for steps in lengths]
     path = write_file(tmp_path / "data.hdf5", *episodes, timeouts=timeouts)
-    config = Config(dataset=str(path), env_id=env_id, max_episode_steps=limit)
-    load_dataset(config, robot_environment(env_id))
+    config = ciql.Config(dataset=str(path), env_id=env_id, max_episode_steps=limit)
+    ciql.load_dataset(config, robot_environment(env_id))
     out = capsys.readouterr().out
     assert ("NOTE" in out) == bool(note) and note in out
 
@@ -315,11 +302,11 @@ def offline(monkeypatch):
 
 def test_where_data_are_looked_for(tmp_path, monkeypatch, offline):
     """A path is taken as it is; an id from the cache; the default cache is d4rl-pybullet's."""
-    assert find_dataset("some/file.hdf5") == Path("some/file.hdf5")
+    assert ciql.find_dataset("some/file.hdf5") == Path("some/file.hdf5")
     for folder in ("cache", ".d4rl/datasets"):
         (tmp_path / folder).mkdir(parents=True)
         cached = write_file(tmp_path / folder / f"{SAMPLE_ID}.hdf5", episode(2, first=0))
-        assert find_dataset(SAMPLE_ID) == cached
+        assert ciql.find_dataset(SAMPLE_ID) == cached
         monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
     assert not offline
@@ -335,23 +322,23 @@ def test_user_without_a_home(tmp_path, monkeypatch, offline):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with refused("set D4RL_DATASET_DIR"):
-        find_dataset(SAMPLE_ID)
-    assert str(find_dataset("data.hdf5")) == "data.hdf5"
+        ciql.find_dataset(SAMPLE_ID)
+    assert str(ciql.find_dataset("data.hdf5")) == "data.hdf5"
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    assert find_dataset(SAMPLE_ID) == SAMPLE
+    assert ciql.find_dataset(SAMPLE_ID) == SAMPLE
 
 
 def test_offline(tmp_path, offline, capsys):
     """The samples stand in for their own ids alone; it is said why, and how to have the file."""
-    for name in ciql_pybullet.DATASETS:
+    for name in ciql.DATASETS:
         sample = SAMPLE.parent / name.replace("-v0", "-sample.hdf5")
         if sample.exists():
-            assert find_dataset(name) == sample
+            assert ciql.find_dataset(name) == sample
             text = capsys.readouterr().out
             assert text.startswith("NOTE") and text.count("\n") == 1
         else:
             with refused(f"python data/make_bullet_dataset.py --id {name}") as error:
-                find_dataset(name)
+                ciql.find_dataset(name)
             text = str(error.value)
         assert f"{name} could not be downloaded (its server cannot be reached" in text
         assert f"put {offline[-1]} at {tmp_path / 'cache' / name}.hdf5" in text
@@ -368,8 +355,8 @@ def test_offline(tmp_path, offline, capsys):
     ],
 )
 def test_embedded_samples(offline, capsys, name, shape, terminations, returns):
-    env_id, _ = ciql_pybullet.DATASETS[f"{name}-v0"]
-    dataset = load_dataset(Config(dataset=f"{name}-v0"), robot_environment(env_id))
+    env_id, _ = ciql.DATASETS[f"{name}-v0"]
+    dataset = ciql.load_dataset(ciql.Config(dataset=f"{name}-v0"), robot_environment(env_id))
     own = dataset.returns
     assert dataset.transitions.observations.shape == shape
     assert dataset.transitions.terminations.sum() == terminations
@@ -381,17 +368,17 @@ def test_embedded_samples(offline, capsys, name, shape, terminations, returns):
 # ------------------------------------------------------------------------- transitions of one's own
 def test_own_transitions_may_be_of_any_kind():
     data = own_transitions()
-    arrays = Transitions(*(column.numpy() for column in data))
+    arrays = ciql.Transitions(*(column.numpy() for column in data))
     for given in (
         data._replace(observations=data.observations.clone().requires_grad_()),
-        Transitions(*(column.astype(">f8") for column in arrays)),
+        ciql.Transitions(*(column.astype(">f8") for column in arrays)),
         arrays._replace(
             observations=arrays.observations[::-1].copy()[::-1],
             rewards=arrays.rewards.tolist(),
             terminations=arrays.terminations.astype(bool),
         ),
     ):
-        dataset = load_dataset(Config(env_id=HOPPER), robot_environment(HOPPER), given)
+        dataset = ciql.load_dataset(ciql.Config(env_id=HOPPER), robot_environment(HOPPER), given)
         for column, expected in zip(dataset.transitions, data, strict=True):
             assert torch.equal(column, expected) and not column.requires_grad
 
@@ -419,26 +406,26 @@ UNFITTING = {
 @pytest.mark.parametrize(("data", "named"), UNFITTING.values(), ids=UNFITTING)
 def test_own_transitions_that_do_not_fit(data, named):
     with refused("data", named):
-        load_dataset(Config(env_id=HOPPER), robot_environment(HOPPER), data)
+        ciql.load_dataset(ciql.Config(env_id=HOPPER), robot_environment(HOPPER), data)
 
 
 def test_successors_that_may_be_the_observations():
     """Where every step terminates, and where nothing ever moves."""
     still = dict.fromkeys(SAME, torch.zeros(6, 15))
     for data in (own_transitions(**SAME, terminations=torch.ones(6)), own_transitions(**still)):
-        check_transitions(data, robot_environment(HOPPER), "data")
+        ciql.check_transitions(data, robot_environment(HOPPER), "data")
 
 
 def test_actions_of_another_box_are_rescaled(capsys):
     env = box_environment((-2.0, 0.0), (2.0, 4.0))
     actions = torch.tensor([[-2.0, 0.0], [0.0, 2.0], [2.0, 4.0], [1.0, 1.0]])
     data = own_transitions(4, action_dim=2, actions=actions)
-    found = check_transitions(data, env, "data")
+    found = ciql.check_transitions(data, env, "data")
     assert found.actions.tolist() == [[-1, -1], [0, 0], [1, 1], [0.5, -0.5]]
     assert capsys.readouterr().out == ""
     outside = data._replace(actions=actions - 0.01)
     with refused("outside the action box"):
-        check_transitions(outside, env, "data")
+        ciql.check_transitions(outside, env, "data")
 
 
 @pytest.mark.parametrize(("largest", "is_noted"), [(1.19, True), (1.3, False)])
@@ -446,7 +433,7 @@ def test_actions_that_use_a_part_of_the_box(capsys, largest, is_noted):
     """As those that were divided by 2 already, for a box of ±2."""
     env = box_environment((-2.0, -2.0), (2.0, 2.0))
     actions = torch.tensor([[-0.5, 0.0], [0.0, largest]])
-    check_transitions(own_transitions(2, action_dim=2, actions=actions), env, "data")
+    ciql.check_transitions(own_transitions(2, action_dim=2, actions=actions), env, "data")
     out = capsys.readouterr().out
     assert ("NOTE   the actions stay within 60% of the action box" in out) == is_noted
 
@@ -467,23 +454,23 @@ def in_order(*episodes):
 def test_episodes_of_ones_own_transitions():
     """Where ends can be told: by a termination, by a jump, by the last row; not where shuffled."""
     data = in_order((4, True), (3, False), (5, True), (6, False))
-    dataset = dataset_of(data)
+    dataset = ciql.dataset_of(data)
     assert dataset.lengths.tolist() == dataset.returns.tolist() == [4, 3, 5, 6]
     assert dataset.terminated.tolist() == [True, False, True, False]
     order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
-    shuffled = Transitions(*(column[order] for column in data))
-    assert len(dataset_of(shuffled).returns) == 0
+    shuffled = ciql.Transitions(*(column[order] for column in data))
+    assert len(ciql.dataset_of(shuffled).returns) == 0
     data.next_observations[3] = data.observations[4]  # it starts anew where it terminated
-    assert dataset_of(data).lengths.tolist() == [4, 3, 5, 6]
-    assert dataset_of(in_order(*[(1, True)] * 3)).returns.tolist() == [1, 1, 1]
+    assert ciql.dataset_of(data).lengths.tolist() == [4, 3, 5, 6]
+    assert ciql.dataset_of(in_order(*[(1, True)] * 3)).returns.tolist() == [1, 1, 1]
 
 
 def test_training_on_ones_own_transitions(lab, monkeypatch, capsys):
     """It prints what a file's training does, draws the same of the data, and has the same curve."""
     drawn = []
-    monkeypatch.setattr(ciql_pybullet, "draw", lambda *arguments: drawn.append(arguments))
-    of_file = read_dataset("data.hdf5", 10)
-    folder, curve = train(lab_config(), of_file.transitions)
+    monkeypatch.setattr(ciql, "draw", lambda *arguments: drawn.append(arguments))
+    of_file = ciql.read_dataset("data.hdf5", 10)
+    folder, curve = ciql.train(lab_config(), of_file.transitions)
     out = capsys.readouterr().out
     assert "data   data: 28 rows, 3 episodes, mean return" in out
     assert "28 transitions, 0 of them terminations, in transitions from Python\n" in out
@@ -492,9 +479,9 @@ def test_training_on_ones_own_transitions(lab, monkeypatch, capsys):
     *_, title, dataset, env_id = drawn[-1]
     assert title.startswith("CIQL on own-transitions\n") and env_id == "lab:Lab-v0"
     assert dataset.returns[:2] == pytest.approx(of_file.returns)
-    assert np.array_equal(train(lab_config())[1].returns, curve.returns)
+    assert np.array_equal(ciql.train(lab_config())[1].returns, curve.returns)
     with refused("env_id is not set"):
-        train(Config(), of_file.transitions)
+        ciql.train(ciql.Config(), of_file.transitions)
 
 
 # ------------------------------------------------------------------------------- other environments
@@ -544,12 +531,12 @@ def environments(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_robots_are_as_the_simulator_says():
-    for env_id, robot in ROBOTS.items():
-        env = check_environment(env_id)
+    for env_id, robot in ciql.ROBOTS.items():
+        env = ciql.check_environment(env_id)
         shapes = (*env.observation_space.shape, *env.action_space.shape)
         assert shapes == robot[:2] and env.spec.max_episode_steps == 1000
         assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
-    reacher = check_environment("ReacherBulletEnv-v0")
+    reacher = ciql.check_environment("ReacherBulletEnv-v0")
     assert reacher.observation_space.shape == (9,) and reacher.spec.max_episode_steps == 150
 
 
@@ -580,9 +567,9 @@ def test_environment_that_is_wrong(environments, fails, tmp_path, env_id, cause)
 
 def test_another_action_box_is_played(environments):
     """Actions in [-1, 1] reach the environment's own box."""
-    policy = GaussianPolicy(2, 2, (4,))
+    policy = ciql.GaussianPolicy(2, 2, (4,))
     with torch.no_grad():
         policy.mu[-1].weight.zero_()
         policy.mu[-1].bias.fill_(np.arctanh(0.5))  # half of the way from the middle
-    returns = [play_episode(policy, "environments:Paid-v0", seed) for seed in (0, 1)]
+    returns = [ciql.play_episode(policy, "environments:Paid-v0", seed) for seed in (0, 1)]
     np.testing.assert_allclose(returns, 3 * (1 + 100 * 3), rtol=1e-5)
