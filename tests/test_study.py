@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,10 +25,11 @@ from torch.nn.utils import parameters_to_vector
 import ciql_pybullet as ciql
 
 sys.path.insert(0, str(ROOT / "study"))
+import tables
 import variants
+from tables import iqm_interval, mean_interval
 
 import study
-from study import iqm_interval, mean_interval
 
 OWN = ("dataset", "threads")  # of these a study has its own
 LAB = flags(**{name: value for name, value in LAB_SETTINGS.items() if name not in OWN})
@@ -138,12 +140,14 @@ def test_summarize_pairs_the_seeds(summarized, tmp_path):
 
 
 def test_summarize_to_a_baseline(summarized, command, fails, tmp_path):
-    """Differences, and the order of the table, are to the method that is named."""
+    """Differences, and the table's order, are to the method that is named; pictures stay."""
     summarized(*tables_of({"one": [1.0, 2, 3], "two": [5.0, 7, 9]}))
+    before = snapshot(tmp_path)
     again = ["--summarize", tmp_path, "--baseline"]
     code, out, _ = command(*again, "two", main=study.main)
     pattern = r"two +3 +7\.0 \[.*\] *\none +3 +2\.0 \[.*\] +-5\.0 \[-7\.5, -2\.5\]"
     assert code == 0 and has_line(out, pattern)
+    assert snapshot(tmp_path) == before
     fails(*again, "three", named=f"the methods of {tmp_path} are one, two", main=study.main)
 
 
@@ -190,7 +194,7 @@ def test_pictures(summarized, monkeypatch):
     summary, curves = tables_of({"CIQL": [900.0, 1000.0], "IQL alpha=1": [700.0, 720.0]})
     figures = []
     keep = lambda figure, path, **options: figures.append(figure)
-    monkeypatch.setattr(study.Figure, "savefig", keep)
+    monkeypatch.setattr(tables.Figure, "savefig", keep)
     summarized(summary, [row for row in curves if row["step"] > 10])
     (returns,), (scores,) = (figure.axes for figure in figures)
     legend = [text.get_text() for text in returns.get_legend().get_texts()]
@@ -292,7 +296,7 @@ def trained_here(monkeypatch):
     monkeypatch.setattr(study, "start_ray", lambda address: None)
     monkeypatch.setattr(study.ray, "nodes", lambda: NODES)
     monkeypatch.setattr(study, "train_runs", train_runs)
-    monkeypatch.setattr(study, "draw_curves", lambda *arguments: None)
+    monkeypatch.setattr(tables, "draw_curves", lambda *arguments: None)
 
 
 def rows_of(path):
@@ -402,6 +406,11 @@ def test_a_study_grows(lab, study_here, monkeypatch, command, fails):
     assert "study  1 runs, 0 of them to train" in out and snapshot(lab / "s") == before
     lab_file(lab / "data.hdf5", rewards=np.arange(31) % 11 != 0)
     fails(*again, named=f"{cause}data of checksum", main=study.main)
+
+    # Results whose run is gone would be lost from the tables.
+    shutil.move(lab / "s" / "data-cloning-seed1", lab / "elsewhere")
+    gone = "data-cloning-seed1 is gone; put it back"
+    fails(*again, "--seeds", "5", named=gone, main=study.main)
 
 
 def assert_is_as_alone(command, folder, *settings):
