@@ -13,16 +13,15 @@ import tomllib
 import types
 from pathlib import Path
 
+import make_bullet_dataset
 import numpy as np
 import PIL.Image
 import pytest
 import tyro
 from conftest import ROOT, hopper_file, lab_config
 
-sys.path[:0] = [str(ROOT / "study"), str(ROOT / "data")]
-import ciql_pybullet
+import ciql_pybullet as ciql
 import study
-from ciql_pybullet import CIQL, Config, load_checkpoint, read_dataset, train
 
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
@@ -43,6 +42,7 @@ def commands_of(text):
 
 
 COMMANDS = commands_of(README)
+PROGRAM = f"{sys.executable} {ROOT}/ciql_pybullet.py"
 SMALL = "--device cpu --no-compile --max-steps 4 --log-interval 2 --eval-episodes 1"
 
 
@@ -53,27 +53,16 @@ def workplace(tmp_path_factory):
     (folder / "cache").mkdir()
     hopper_file(folder / "cache" / "hopper-bullet-mixed-v0.hdf5")
     hopper_file(folder / "my.hdf5")
-    own = {
-        "D4RL_DATASET_DIR": str(folder / "cache"),
-        "WANDB_MODE": "offline",
-        "HOME": str(folder),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment = os.environ | own  # a thread each, as two run at a time
+    own = {"D4RL_DATASET_DIR": str(folder / "cache"), "HOME": str(folder)}
+    own |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}  # a thread each, as two run at a time
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     def run(command):
-        return subprocess.run(
-            shlex.split(command),
-            check=False,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=100,
-        )
+        words = shlex.split(command)
+        environment = os.environ | own
+        return subprocess.run(words, cwd=folder, env=environment, timeout=100, check=False, **pipes)
 
-    flags = f"--dataset hopper-bullet-mixed-v0 {SMALL} --name RUN"
-    first = run(f"{sys.executable} {ROOT}/ciql_pybullet.py {flags}")
+    first = run(f"{PROGRAM} --dataset hopper-bullet-mixed-v0 {SMALL} --name RUN")
     assert first.returncode == 0, first.stderr
     run.folder = folder
     return run
@@ -110,8 +99,6 @@ def test_command(results, command):
         return
     assert result.returncode == 0, result.stderr
     assert result.stdout
-    for name in re.findall(r"-r (\S+)", command):  # .ci/run installs with them
-        assert (ROOT / name).is_file()
 
 
 @pytest.mark.slow
@@ -130,14 +117,12 @@ def test_what_commands_leave(results, workplace):
     assert result.returncode == 0, result.stderr
 
 
-def test_recording_a_file(tmp_path, monkeypatch, capsys):
+def test_recording_a_file(capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
     (record,) = [code for code in python_of(README) if "my.hdf5" in code]
     (look,) = [code for code in python_of(REFERENCE) if "fall" in code]
-    monkeypatch.chdir(tmp_path)
-    seeded = record.replace("env.reset()", "env.action_space.seed(0)\nenv.reset()", 1)
-    exec(seeded, {})  # noqa: S102
-    dataset = read_dataset("my.hdf5")
+    exec(record.replace("env.reset()", "env.action_space.seed(0)\nenv.reset()", 1), {})  # noqa: S102
+    dataset = ciql.read_dataset("my.hdf5")
     assert dataset.layout == "D4RL's layout" and len(dataset.lengths) == 10
     assert dataset.terminated.all()
     capsys.readouterr()
@@ -162,7 +147,7 @@ def test_minari(monkeypatch):
     minari = types.SimpleNamespace(load_dataset=lambda name: dataset)
     monkeypatch.setitem(sys.modules, "minari", minari)
     given = []
-    monkeypatch.setattr(ciql_pybullet, "train", lambda config, data: given.extend((config, data)))
+    monkeypatch.setattr(ciql, "train", lambda config, data: given.extend((config, data)))
     exec(code, {})  # noqa: S102
     config, data = given
     assert config.env_id == "Mine-v0"
@@ -184,50 +169,45 @@ def patched(diff):
 
 
 @pytest.mark.slow
-def test_examples_of_how_to_change_it(workplace, tmp_path):
-    """A loss term with a column, another policy, a setting of one's own: each in a copy."""
-    diffs = zip(
-        ("term", "policy", "setting"),
-        re.findall(r"```diff\n(.*?)```", README, re.DOTALL),
-        strict=True,
-    )
-    for name, diff in diffs:
-        script = tmp_path / f"{name}.py"
-        script.write_text(patched(diff))
-        flags = f"--dataset hopper-bullet-mixed-v0 {SMALL} --out-dir {tmp_path / name}"
-        if name == "setting":
-            flags += " --reward-scale 0.5"
-        result = workplace(f"{sys.executable} {script} {flags}")
-        assert result.returncode == 0, result.stderr
-        (folder,) = (tmp_path / name).iterdir()
-        again = workplace(f"{sys.executable} {script} --evaluate {folder}")
-        assert again.returncode == 0, again.stderr
-        evaluations = [re.findall(r"return .*", run.stdout)[-1] for run in (result, again)]
-        assert evaluations[0] == evaluations[1]
-        columns = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
-        assert ("effort" in columns) == (name == "term")
-        assert ("reward_scale0.5" in folder.name) == (name == "setting")
-        if name == "policy":
-            refused = workplace(f"{sys.executable} {ROOT}/ciql_pybullet.py --evaluate {folder}")
-            assert refused.returncode == 2 and "LaplacePolicy" in refused.stderr
+@pytest.mark.parametrize(("number", "name"), enumerate(("term", "policy", "setting")))
+def test_example_of_how_to_change_it(workplace, tmp_path, number, name):
+    """A loss term with a column, another policy, a setting of one's own: in a copy."""
+    script = tmp_path / f"{name}.py"
+    script.write_text(patched(re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number]))
+    flags = f"--dataset hopper-bullet-mixed-v0 {SMALL} --out-dir {tmp_path / name}"
+    if name == "setting":
+        flags += " --reward-scale 0.5"
+    result = workplace(f"{sys.executable} {script} {flags}")
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / name).iterdir()
+    again = workplace(f"{sys.executable} {script} --evaluate {folder}")
+    evaluations = [re.findall(r"return .*", run.stdout)[-1] for run in (result, again)]
+    assert evaluations[0] == evaluations[1]
+    columns = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert ("effort" in columns) == (name == "term")
+    assert ("reward_scale0.5" in folder.name) == (name == "setting")
+    if name == "policy":
+        refused = workplace(f"{PROGRAM} --evaluate {folder}")
+        assert refused.returncode == 2 and "LaplacePolicy" in refused.stderr
 
 
-def test_example_of_an_agent(lab, no_pictures, monkeypatch):
+def test_example_of_an_agent(lab, monkeypatch):
     (code,) = [code for code in python_of(README) if "(CIQL)" in code]
-    runs = []
+    train = ciql.train
+    rows = []
 
     def train_small(config, make_agent):
-        runs.append(train(lab_config(), make_agent=make_agent)[0])
+        folder, _ = train(lab_config(), make_agent=make_agent)
+        rows.extend(ciql.load_checkpoint(folder)["rows"])
 
-    monkeypatch.setattr(ciql_pybullet, "train", train_small)
+    monkeypatch.setattr(ciql, "train", train_small)
     exec(code, {})  # noqa: S102
-    rows = load_checkpoint(runs[0])["rows"]
     losses = [row["model_loss"] for row in rows if "model_loss" in row]
     assert losses[-1] < losses[0]
 
 
 def test_settings_table():
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(ciql.Config)}
     rows = re.findall(r"^\| `(\w+)` \| ([\d.,e-]+) \|", REFERENCE, re.MULTILINE)
     assert len(rows) >= 10
     for name, value in rows:
@@ -245,83 +225,83 @@ def test_inline_dependencies_are_the_requirements():
 
 
 def test_names_and_files_in_the_readmes_exist():
-    for name in re.findall(r"`([a-z_]+|CIQL|Config)`", README):
-        fields = {field.name for field in dataclasses.fields(Config)}
-        names = {*vars(ciql_pybullet), *vars(CIQL), *fields}
-        assert name in names, name
+    settings = {field.name for field in dataclasses.fields(ciql.Config)}
+    names = {*vars(ciql), *vars(ciql.CIQL), *settings}
+    assert set(re.findall(r"`([a-z_]+|CIQL|Config)`", README)) <= names
     for folder, text in (("", README), ("docs", REFERENCE)):
         for link in re.findall(r"\]\(([^):#]+)[)#]", text):
             assert (ROOT / folder / link).exists(), link
 
 
-def test_commands_of_the_other_readmes():
+OTHER_COMMANDS = [line.split(" && ")[-1] for text in OTHERS for line in commands_of(text)]
+
+
+@pytest.mark.parametrize("command", OTHER_COMMANDS)
+def test_command_of_another_readme(command):
     """They take minutes to days, so they are parsed, not run; other tests run such commands."""
-    commands = [command.split(" && ")[-1] for text in OTHERS for command in commands_of(text)]
-    assert sum("study.py" in command for command in commands) >= 4
-    for command in commands:
-        program, *arguments = shlex.split(command)[1:]
-        if program == "study/study.py":
-            own, runs = study.parse(arguments)
-            assert runs
-            folder = Path(own.summarize or "runs")
-            assert folder.parts[0] == "runs" or (ROOT / folder).is_dir()
-        elif program == "data/make_bullet_dataset.py":
-            assert set(re.findall(r"\S+-v0", command)) <= set(ciql_pybullet.DATASETS)
-        elif program == "install":
-            assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", command))
-        else:
-            raise AssertionError(command)
+    program, *arguments = shlex.split(command)[1:]
+    if program == "study/study.py":
+        own, runs = study.parse(arguments)
+        folder = Path(own.summarize or "runs")
+        assert runs and (folder.parts[0] == "runs" or (ROOT / folder).is_dir())
+    elif program == "data/make_bullet_dataset.py":
+        assert set(re.findall(r"\S+-v0", command)) <= set(ciql.DATASETS)
+    else:
+        assert program == "install"
+        assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", command))
 
 
 def test_results_are_redrawn_from_their_csvs(tmp_path, capsys):
     """And the figures that the READMEs show are what is printed."""
     shutil.copytree(ROOT / "study" / "results", tmp_path / "results")
-    folders = [path.parent for path in (tmp_path / "results").glob("*/summary.csv")]
-    assert folders
-    for folder in folders:
-        for picture in folder.glob("*.png"):
+    for summary in list((tmp_path / "results").glob("*/summary.csv")):
+        for picture in summary.parent.glob("*.png"):
             picture.unlink()
-        study.summarize(folder)
-        assert len(list(folder.glob("*.png"))) == 2
-    for command in (command for text in OTHERS for command in commands_of(text)):
+        study.summarize(summary.parent)
+        assert len(list(summary.parent.glob("*.png"))) == 2
+    for command in OTHER_COMMANDS:
         if "--summarize study/results" in command and "--baseline" in command:
             own, _ = study.parse(shlex.split(command)[2:])
             study.summarize(tmp_path / "results" / Path(own.summarize).name, own.baseline)
     printed = " ".join(capsys.readouterr().out.split())
-    interval = r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]"
     for text in (README, OTHERS[2]):
-        cells = re.findall(interval, text)
+        cells = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", text)
         assert len(cells) >= 5
-        for cell in cells:
-            assert cell in printed, cell
+        assert [cell for cell in cells if cell not in printed] == []
+
+
+RECORD = ["--level", "-1000", "--window", "4", "--rows", "150", "--out", "sets", "--id"]
+KINDS = [f"hopper-bullet-{kind}-v0" for kind in ("random", "medium", "mixed")]
 
 
 @pytest.mark.slow
-def test_data_program(tmp_path, fails):
+def test_data_program(tmp_path):
     """It writes files that are read as what was played: a fall of Hopper is a termination."""
-    import make_bullet_dataset
-
-    ids = [f"hopper-bullet-{kind}-v0" for kind in ("random", "medium", "mixed")]
-    common = ["--level", "-1000", "--window", "4", "--rows", "150", "--out", "sets", "--id"]
-    program = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *common, *ids]
+    program = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *RECORD, *KINDS]
     result = subprocess.run(program, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "sets").iterdir())) == 3
-    main = lambda: make_bullet_dataset.main(tyro.cli(make_bullet_dataset.Recipe))
-    for wrong, cause in (
-        ([ids[1]], "is there already"),
-        (["hopper-medium"], "id is"),
-        ([ids[0], "ant-bullet-mixed-v0"], "id is"),
-        (["ant-bullet-mixed-v0", "--window", "0"], "window"),
-    ):
-        fails(*common, *wrong, named=cause, main=main)
-    for kind in ("random", "medium", "mixed"):
-        t = read_dataset(tmp_path / "sets" / f"hopper-bullet-{kind}-v0.hdf5").transitions
+    for kind in KINDS:
+        dataset = ciql.read_dataset(tmp_path / "sets" / f"{kind}.hdf5")
+        t = dataset.transitions
         assert t.observations.shape[1] == 15 and t.actions.abs().max() <= 1
-        assert t.terminations.sum() >= 1
+        assert t.terminations.sum() >= 1 and len(t.rewards) <= 150
         # a transition's reward is for moving on: never the 0 beside an episode's first observation
         assert (t.rewards != 0).all()
-        assert len(t.rewards) <= 150
-    mixed = read_dataset(tmp_path / "sets" / "hopper-bullet-mixed-v0.hdf5")
-    assert len(mixed.returns) == 4
-    assert f"stopped at {mixed.returns.mean():.1f} over 4 episodes" in mixed.source
+    assert len(dataset.returns) == 4
+    assert f"stopped at {dataset.returns.mean():.1f} over 4 episodes" in dataset.source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (KINDS[:1], "is there already"),
+        (["hopper-medium"], "id is"),
+        ([KINDS[1], "ant-bullet-mixed-v0"], "id is"),
+        (["ant-bullet-mixed-v0", "--window", "0"], "window"),
+    ],
+)
+def test_data_program_refuses(tmp_path, fails, arguments, cause):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / f"{KINDS[0]}.hdf5").write_text("")
+    main = lambda: make_bullet_dataset.main(tyro.cli(make_bullet_dataset.Recipe))
+    fails(*RECORD, *arguments, named=cause, main=main)
