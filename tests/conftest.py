@@ -180,6 +180,10 @@ class Lab(gymnasium.Env):
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
+        self.descriptor = os.open(os.devnull, os.O_RDONLY)  # until it is closed
+
+    def close(self):
+        os.close(self.descriptor)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)

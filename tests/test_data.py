@@ -1,6 +1,7 @@
 """Both layouts, on files the tests write; what is refused; where data come from; environments."""
 
 import pwd
+import sys
 from pathlib import Path
 
 import gymnasium
@@ -22,6 +23,7 @@ from conftest import (
     refused,
     write_file,
 )
+from gymnasium.spaces import Box
 
 import ciql_pybullet as ciql
 
@@ -31,8 +33,8 @@ HOPPER = "HopperBulletEnv-v0"
 def box_environment(low, high, observation_dim=15):
     """What the checks ask of an environment."""
     env = gymnasium.Env()
-    env.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (observation_dim,))
-    env.action_space = gymnasium.spaces.Box(np.float32(low), np.float32(high))
+    env.observation_space = Box(-np.inf, np.inf, (observation_dim,))
+    env.action_space = Box(np.float32(low), np.float32(high))
     return env
 
 
@@ -66,7 +68,6 @@ def test_every_number(tmp_path):
     assert t.rewards.tolist() == [1011, 1012, 1041, 1021, 1022, 1023, 1031, 1032]
     assert t.terminations.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
     assert [tuple(column.shape) for column in t] == [(8, 2), (8, 1), (8,), (8, 2), (8,)]
-    assert {column.dtype for column in t} == {torch.float32}
     assert dataset.returns.tolist() == [1011 + 1012, 1041, 1021 + 1022 + 1023]
     assert dataset.lengths.tolist() == [2, 1, 3]
     assert dataset.terminated.tolist() == [True, True, False]
@@ -112,12 +113,10 @@ def test_every_number_of_d4rls_layout(tmp_path):
         file["infos/qpos"] = np.zeros((3, 2))
     dataset = ciql.read_dataset("data.hdf5", max_episode_steps=3)
     t = dataset.transitions
-    assert t.observations[:, 0].tolist() == [10, 11, 40, 20, 21, 22, 50, 60, 61, 30, 31]
-    assert t.next_observations[:, 0].tolist() == [11, 12, 41, 21, 22, 23, 51, 61, 62, 31, 32]
-    actions = [1 / 4, 2 / 4, 1 / 3, 1 / 5, 2 / 5, 3 / 5, 1 / 3, 1 / 4, 2 / 4, 1 / 4, 2 / 4]
-    np.testing.assert_allclose(t.actions[:, 0], actions, atol=1e-7)
-    rewards = [1011, 1012, 1041, 1021, 1022, 1023, 1051, 1061, 1062, 1031, 1032]
-    assert t.rewards.tolist() == rewards
+    assert np.array_equal(t.observations, columns["observations"].astype(np.float32))
+    assert np.array_equal(t.next_observations, columns["next_observations"].astype(np.float32))
+    assert np.array_equal(t.actions, columns["actions"].astype(np.float32))
+    assert np.array_equal(t.rewards, columns["rewards"][:, 0])
     assert t.terminations.tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0]
     assert dataset.returns.tolist() == [2023, 1041, 3066, 1051, 2123]
     assert dataset.lengths.tolist() == [2, 1, 3, 1, 2]
@@ -252,13 +251,11 @@ def test_file_larger_than_the_memory(tmp_path, monkeypatch):
 
 def test_bandit_file(tmp_path):
     """Its observations are all zero to the end; what it holds are actions and rewards."""
-    shapes = {"observations": (9, 15), "actions": (9, 3), "next_observations": (9, 15)}
-    columns = {key: np.zeros(shape) for key, shape in shapes.items()}
-    columns["actions"][0] = 1
-    columns |= {"rewards": np.ones(9), "terminals": np.ones(9), "timeouts": np.zeros(9)}
-    data = ciql.read_dataset(write_file(tmp_path / "data.hdf5", columns)).transitions
-    ciql.check_transitions(data, robot_environment(HOPPER), "data")
-    assert data.rewards.sum() == data.terminations.sum() == 9
+    still = dict.fromkeys(("observations", "next_observations"), np.zeros((9, 15)))
+    columns = still | {"actions": np.eye(9, 3), "rewards": np.ones(9)}
+    columns |= {"terminals": np.ones(9), "timeouts": np.zeros(9)}
+    path = write_file(tmp_path / "data.hdf5", columns)
+    ciql.load_dataset(ciql.Config(str(path), HOPPER), robot_environment(HOPPER))
 
 
 NEVER_FALLS = "2 terminations of a robot that never falls"
@@ -313,17 +310,12 @@ def test_where_data_are_looked_for(tmp_path, monkeypatch, offline):
 
 
 def test_user_without_a_home(tmp_path, monkeypatch, offline):
-    """As in a container: no HOME, and a number that is no user's. Only an id needs a folder."""
-
-    def unknown(number):
-        raise KeyError(number)
-
+    """As in a container: no HOME, and a number that is no user's."""
     monkeypatch.delenv("D4RL_DATASET_DIR")
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     with refused("set D4RL_DATASET_DIR"):
         ciql.find_dataset(SAMPLE_ID)
-    assert str(ciql.find_dataset("data.hdf5")) == "data.hdf5"
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     assert ciql.find_dataset(SAMPLE_ID) == SAMPLE
 
@@ -439,30 +431,29 @@ def test_actions_that_use_a_part_of_the_box(capsys, largest, is_noted):
 
 
 def in_order(*episodes):
-    """Transitions whose rows follow each other, an episode per pair of length and termination."""
-    columns = {"observations": [], "next_observations": [], "terminations": []}
-    for number, (length, terminated) in enumerate(episodes):
-        states = torch.arange(length + 1.0)[:, None] + 100 * number
-        columns["observations"].append(states[:-1])
-        columns["next_observations"].append(states[1:])
-        columns["terminations"].append(terminated * (torch.arange(length) == length - 1).float())
-    columns = {name: torch.cat(parts) for name, parts in columns.items()}
-    n = len(columns["terminations"])
-    return own_transitions(n, 1, 1, rewards=torch.ones(n), **columns)
+    """Transitions with the rows of episodes in D4RL's layout, but for their marks of cuts."""
+    columns = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
+    columns["terminations"] = columns.pop("terminals")
+    del columns["timeouts"]
+    return ciql.as_float32(ciql.Transitions(**columns))
 
 
 def test_episodes_of_ones_own_transitions():
     """Where ends can be told: by a termination, by a jump, by the last row; not where shuffled."""
-    data = in_order((4, True), (3, False), (5, True), (6, False))
+    ends = [(4, 1), (3, 0), (5, 1), (6, 0)]
+    episodes = [d4rl_episode(n, 100 * n, terminal=terminal) for n, terminal in ends]
+    data = in_order(*episodes)
     dataset = ciql.dataset_of(data)
-    assert dataset.lengths.tolist() == dataset.returns.tolist() == [4, 3, 5, 6]
+    assert dataset.lengths.tolist() == [4, 3, 5, 6]
+    assert dataset.returns.tolist() == [e["rewards"].sum() for e in episodes]
     assert dataset.terminated.tolist() == [True, False, True, False]
     order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
     shuffled = ciql.Transitions(*(column[order] for column in data))
     assert len(ciql.dataset_of(shuffled).returns) == 0
     data.next_observations[3] = data.observations[4]  # it starts anew where it terminated
     assert ciql.dataset_of(data).lengths.tolist() == [4, 3, 5, 6]
-    assert ciql.dataset_of(in_order(*[(1, True)] * 3)).returns.tolist() == [1, 1, 1]
+    bandit = in_order(*[d4rl_episode(1, 0, terminal=1)] * 3)
+    assert ciql.dataset_of(bandit).lengths.tolist() == [1, 1, 1]
 
 
 def test_training_on_ones_own_transitions(lab, monkeypatch, capsys):
@@ -485,15 +476,12 @@ def test_training_on_ones_own_transitions(lab, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------- other environments
-ENVIRONMENTS = """
-import sys
-import gymnasium
-import numpy as np
-
 class Paid(gymnasium.Env):
-    # It pays the first action, and a hundred times the second.
-    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
-    action_space = gymnasium.spaces.Box(np.float32([-2, 0]), np.float32([2, 4]))
+    """It pays the first action, and a hundred times the second."""
+
+    observation_space = Box(-1, 1, (2,))
+    action_space = Box(np.float32([-2, 0]), np.float32([2, 4]))
+    limit = 3
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -502,31 +490,51 @@ class Paid(gymnasium.Env):
     def step(self, action):
         return np.zeros(2, np.float32), action[0] + 100 * action[1], False, False, {}
 
-def register(name, limit=3, **changed):
-    gymnasium.register(f"{name}-v0", type(name, (Paid,), changed), max_episode_steps=limit)
 
-def giving(observation, reward):
+def register(**changed):
+    kind = type("Own", (Paid,), changed)
+    gymnasium.register("Own-v0", kind, max_episode_steps=kind.limit)
+
+
+def gives(observation, reward):
     return {"step": lambda self, action: (np.float32(observation), reward, False, False, {})}
 
-register("Paid")
-register("Endless", limit=None)
-register("Whole", action_space=gymnasium.spaces.Box(0, 3, (2,), int))
-register("Unbounded", action_space=gymnasium.spaces.Box(-np.inf, np.inf, (2,)))
-register("Narrow", action_space=gymnasium.spaces.Box(np.float32([-2, 3]), np.float32([2, 3])))
-register("Picture", observation_space=gymnasium.spaces.Box(0, 1, (8, 8)))
-register("Unpaid", **giving([0, 0], np.nan))
-register("Lost", **giving([np.nan, 0], 0.0))
-register("Short", **giving([0], 0.0))
-register("Broken", step=lambda self, action: 1 / 0)
-register("Quitter", step=lambda self, action: sys.exit())
-"""
+
+WRONG = {
+    "Discrete(2) is no box": {"action_space": gymnasium.spaces.Discrete(2)},
+    "is no box of one dimension": {"observation_space": Box(0, 1, (8, 8))},
+    "are no real numbers": {"action_space": Box(0, 3, (2,), int)},
+    "has no bounds": {"action_space": Box(-np.inf, np.inf, (2,))},
+    "action 1 has no width, from 3 to 3": {"action_space": Box(np.float32([-2, 3]), np.float32(3))},
+    "has no time limit": {"limit": None},
+    "reward nan": gives([0, 0], np.nan),
+    "gives [nan 0.]": gives([np.nan, 0], 0.0),
+    "of shape (1,)": gives([0], 0.0),
+    "ZeroDivisionError: division by zero": {"step": lambda self, action: 1 / 0},
+    "SystemExit": {"step": lambda self, action: sys.exit()},
+    "TypeError": {"__init__": lambda self, mass: None},
+}
 
 
-@pytest.fixture
-def environments(tmp_path, monkeypatch):
-    """A module that registers environments."""
-    (tmp_path / "environments.py").write_text(ENVIRONMENTS)
-    monkeypatch.syspath_prepend(str(tmp_path))
+@pytest.mark.parametrize("cause", WRONG)
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's own, besides
+def test_environment_that_is_wrong(fails, tmp_path, cause):
+    """One line at the start that names it, exit code 2, and no folder."""
+    register(**WRONG[cause])
+    hopper_file(tmp_path / "data.hdf5")
+    arguments = ["--dataset", "data.hdf5", "--env-id", "Own-v0", "--no-compile"]
+    fails(*arguments, named=("env_id is Own-v0, which CIQL cannot act in", cause))
+
+
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")
+def test_another_action_box_is_played():
+    """Actions in [-1, 1] reach the environment's own box."""
+    register()
+    policy = ciql.GaussianPolicy(2, 2, (4,))
+    with torch.no_grad():
+        policy.mu[-1].weight.zero_()
+        policy.mu[-1].bias.fill_(np.arctanh(0.5))  # half of the way from the middle
+    assert ciql.play_episode(policy, "Own-v0", seed=0) == pytest.approx(3 * (1 + 100 * 3))
 
 
 @pytest.mark.slow
@@ -538,38 +546,3 @@ def test_robots_are_as_the_simulator_says():
         assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     reacher = ciql.check_environment("ReacherBulletEnv-v0")
     assert reacher.observation_space.shape == (9,) and reacher.spec.max_episode_steps == 150
-
-
-@pytest.mark.parametrize(
-    ("env_id", "cause"),
-    [
-        ("CartPole-v1", "is no box"),
-        ("environments:Picture-v0", "is no box of one dimension"),
-        ("environments:Whole-v0", "are no real numbers"),
-        ("environments:Unbounded-v0", "has no bounds"),
-        ("environments:Narrow-v0", "action 1 has no width, from 3 to 3"),
-        ("environments:Endless-v0", "has no time limit"),
-        ("environments:Unpaid-v0", "reward nan"),
-        ("environments:Lost-v0", "gives [nan 0.]"),
-        ("environments:Short-v0", "of shape (1,)"),
-        ("environments:Broken-v0", "ZeroDivisionError: division by zero"),
-        ("environments:Quitter-v0", "SystemExit"),
-        ("NoSuchRobot-v0", "NoSuchRobot"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's own, besides
-def test_environment_that_is_wrong(environments, fails, tmp_path, env_id, cause):
-    """One line at the start that names it, exit code 2, and no folder."""
-    hopper_file(tmp_path / "data.hdf5")
-    arguments = ["--dataset", "data.hdf5", "--env-id", env_id, "--no-compile"]
-    fails(*arguments, named=(f"env_id is {env_id}, which CIQL cannot act in", cause))
-
-
-def test_another_action_box_is_played(environments):
-    """Actions in [-1, 1] reach the environment's own box."""
-    policy = ciql.GaussianPolicy(2, 2, (4,))
-    with torch.no_grad():
-        policy.mu[-1].weight.zero_()
-        policy.mu[-1].bias.fill_(np.arctanh(0.5))  # half of the way from the middle
-    returns = [ciql.play_episode(policy, "environments:Paid-v0", seed) for seed in (0, 1)]
-    np.testing.assert_allclose(returns, 3 * (1 + 100 * 3), rtol=1e-5)
