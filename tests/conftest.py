@@ -137,6 +137,18 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def succeeds(command):
+    """A function that runs a command line that ends well, without complaint: its stdout."""
+
+    def run(*arguments):
+        code, out, error = command(*arguments)
+        assert (code, error) == (0, "")
+        return out
+
+    return run
+
+
+@pytest.fixture
 def fails(command, tmp_path):
     """A function that runs a command line of bad input: exit code 2, one line, no file changed."""
 

@@ -94,11 +94,13 @@ def test_bad_command_line(monkeypatch, fails, tmp_path, arguments, named):
     fails(*arguments, named=named)
 
 
-def test_out_dir_that_cannot_be_made(fails, lab):
+def test_folder_that_cannot_be_a_runs(fails, lab):
     (lab / "a_file").write_text("")
-    (lab / "runs").mkdir()
+    (lab / "runs" / "notes").mkdir(parents=True)
+    (lab / "runs" / "notes" / "config.json").write_text("")
     fails(*LAB_FLAGS, "--out-dir", "a_file/runs", named="Not a directory")
     fails(*LAB_FLAGS, "--name", "x" * 300, named="xxx cannot be made ([Errno 36] File name too")
+    fails(*LAB_FLAGS, "--name", "notes", named="runs/notes is there, and no run; take another")
 
 
 class Malicious:
