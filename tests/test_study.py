@@ -20,7 +20,17 @@ import pytest
 import tables
 import torch
 import variants
-from conftest import LAB_SETTINGS, ROOT, SAMPLE_ID, flags, lab_file, metrics, refused, snapshot
+from conftest import (
+    LAB_SETTINGS,
+    ROOT,
+    SAMPLE_ID,
+    flags,
+    lab_file,
+    metrics,
+    own_transitions,
+    refused,
+    snapshot,
+)
 from torch.nn.utils import parameters_to_vector
 
 import ciql_pybullet as ciql
@@ -45,10 +55,7 @@ def test_grid():
         config = run.config
         assert (config.alpha, config.clamp_advantage, config.seed) == (alpha, clamp, seed)
         assert (config.lr, config.hidden_sizes, config.threads) == (0.1, (8, 9), 1)
-        assert (config.beta, config.policy_lr_decay) == (
-            3 if method == "IQL" else 1,
-            method == "IQL",
-        )
+        assert config.policy_lr_decay == (method == "IQL")
         assert (run.row["dataset"], Path(config.dataset).stem) == (dataset, dataset)
         assert config.env_id == ("" if dataset == SAMPLE_ID else "HopperBulletEnv-v0")
         assert re.fullmatch(r"[\w.+-]+", config.name)
@@ -64,7 +71,7 @@ def test_grid():
         (["--grid", "alpha,beta", "0,1", "1"], "--grid alpha,beta 0,1 1 needs values"),
         (["--seeds", "0", "1", "0"], "two runs of the study are"),
         (["--seeds"], "the study has no runs"),
-        (["--seed", "3"], "--seed is of single runs; use --datasets, --seeds, --study"),
+        (["--seed", "3"], "--seed is of single runs"),
         (["--methods", "CIQL", "Mine"], "Mine is none of the methods CIQL, IQL, cloning"),
         (["--methods", "CIQL", "IQL", "--alpha", "2"], "--alpha 2.0 would make IQL another"),
         (["--gpu-share", "2"], "gpu_share is 2.0"),
@@ -269,16 +276,9 @@ def test_the_sample_is_named_and_found_once(lab, study_here, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- methods
-def agent_of(kind, **settings):
+def agent_of(kind):
     torch.manual_seed(0)
-    config = ciql.Config(device="cpu", hidden_sizes=(8,), batch_size=16, num_neg=3, **settings)
-    return kind(4, 2, config)
-
-
-def some_data(n=50):
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((4,), (2,), (), (4,), ())
-    return ciql.Transitions(*(torch.randn(n, *size, generator=generator) for size in sizes))
+    return kind(4, 2, ciql.Config(device="cpu", hidden_sizes=(8,), batch_size=16, num_neg=3))
 
 
 def test_methods():
@@ -295,38 +295,37 @@ def test_methods():
 
 def test_averaged_policy():
     """It plays the running mean of the weights, and a resumed run goes on with it."""
+    weights_of = lambda policy: parameters_to_vector(policy.parameters()).detach()
     agent = agent_of(variants.AveragedPolicy)
-    prepared = agent.prepare(some_data())
+    data = own_transitions(50, 4, 2)
+    prepared = agent.prepare(data)
     agent.check_optimizers()
-    expected = parameters_to_vector(agent.policy.parameters()).detach().clone()
+    expected = weights_of(agent.policy)
     for _ in range(10):
         agent.update(prepared)
-        weights = parameters_to_vector(agent.policy.parameters()).detach()
-        expected = expected + 0.001 * (weights - expected)
+        expected = expected + 0.001 * (weights_of(agent.policy) - expected)
     played = agent.evaluated_policy()
-    average = parameters_to_vector(played.parameters())
-    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weights_of(played), expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(played.observation_mean, agent.policy.observation_mean)
 
     resumed = agent_of(variants.AveragedPolicy)
-    resumed.prepare(some_data())
+    resumed.prepare(data)
     resumed.load_training_state(agent.training_state())
-    again = parameters_to_vector(resumed.evaluated_policy().parameters())
-    assert torch.equal(again, average)
+    assert torch.equal(weights_of(resumed.evaluated_policy()), weights_of(played))
 
 
 def test_small_targets():
     """Returns span 1,000: as the authors, rewards · 1000 / (largest − smallest return)."""
-    data = some_data(6)
-    data = data._replace(
+    data = own_transitions(
+        n=6,
+        observation_dim=4,
+        action_dim=2,
         rewards=torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0]),
         terminations=torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]),
-        next_observations=data.observations.roll(-1, 0),
     )
+    data = data._replace(next_observations=data.observations.roll(-1, 0))
     prepared = agent_of(variants.SmallTargets).prepare(data)
     torch.testing.assert_close(prepared.rewards, data.rewards * 1000 / (60 - 6))
-    plain = agent_of(ciql.CIQL).prepare(data)
-    assert torch.equal(prepared.observations, plain.observations)
     with refused("episodes of different returns"):
         agent_of(variants.SmallTargets).prepare(data._replace(rewards=torch.ones(6)))
 
