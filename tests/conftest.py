@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import requests
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,19 @@ def own_cache(monkeypatch, tmp_path):
 def one_thread():
     """As ``train`` does where there is a penalty; more would be slower for small networks."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """The published addresses cannot be reached; the list of those that were asked for."""
+    asked = []
+
+    def refuse(self, url, part, pooch):
+        asked.append(url)
+        raise requests.ConnectionError(f"HTTPSConnectionPool({url}): NameResolutionError")
+
+    monkeypatch.setattr("pooch.HTTPDownloader.__call__", refuse)
+    return asked
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -140,8 +154,8 @@ def command(monkeypatch, capsys):
 def succeeds(command):
     """A function that runs a command line that ends well, without complaint: its stdout."""
 
-    def run(*arguments):
-        code, out, error = command(*arguments)
+    def run(*arguments, main=ciql_pybullet.main):
+        code, out, error = command(*arguments, main=main)
         assert (code, error) == (0, "")
         return out
 

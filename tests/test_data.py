@@ -7,11 +7,9 @@ from pathlib import Path
 import gymnasium
 import h5py
 import numpy as np
-import pooch
 import psutil
 import pybullet_envs_gymnasium  # noqa: F401  (registers the robots)
 import pytest
-import requests
 import torch
 from conftest import (
     SAMPLE,
@@ -284,20 +282,7 @@ def test_ends_at_a_time_limit(tmp_path, capsys, env_id, lengths, limit, timeouts
 
 
 # ----------------------------------------------------------------------------- where data come from
-@pytest.fixture
-def offline(monkeypatch):
-    """The published addresses cannot be reached; returns the list of those that were asked for."""
-    asked = []
-
-    def refuse(self, url, part, pooch):
-        asked.append(url)
-        raise requests.ConnectionError(f"HTTPSConnectionPool({url}): NameResolutionError")
-
-    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", refuse)
-    return asked
-
-
-def test_where_data_are_looked_for(tmp_path, monkeypatch, offline):
+def test_where_data_are_looked_for(tmp_path, monkeypatch, no_network):
     """A path is taken as it is; an id from the cache; the default cache is d4rl-pybullet's."""
     assert ciql.find_dataset("some/file.hdf5") == Path("some/file.hdf5")
     for folder in ("cache", ".d4rl/datasets"):
@@ -306,10 +291,10 @@ def test_where_data_are_looked_for(tmp_path, monkeypatch, offline):
         assert ciql.find_dataset(SAMPLE_ID) == cached
         monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
-    assert not offline
+    assert not no_network
 
 
-def test_user_without_a_home(tmp_path, monkeypatch, offline):
+def test_user_without_a_home(tmp_path, monkeypatch, no_network):
     """As in a container: no HOME, and a number that is no user's."""
     monkeypatch.delenv("D4RL_DATASET_DIR")
     monkeypatch.delenv("HOME")
@@ -320,7 +305,7 @@ def test_user_without_a_home(tmp_path, monkeypatch, offline):
     assert ciql.find_dataset(SAMPLE_ID) == SAMPLE
 
 
-def test_offline(tmp_path, offline, capsys):
+def test_offline(tmp_path, no_network, capsys):
     """The samples stand in for their own ids alone; it is said why, and how to have the file."""
     for name in ciql.DATASETS:
         sample = SAMPLE.parent / name.replace("-v0", "-sample.hdf5")
@@ -333,9 +318,9 @@ def test_offline(tmp_path, offline, capsys):
                 ciql.find_dataset(name)
             text = str(error.value)
         assert f"{name} could not be downloaded (its server cannot be reached" in text
-        assert f"put {offline[-1]} at {tmp_path / 'cache' / name}.hdf5" in text
-        assert offline[-1].endswith(f"/{name}.hdf5?dl=1") and "NameResolution" not in text
-    assert len(set(offline)) == 12
+        assert f"put {no_network[-1]} at {tmp_path / 'cache' / name}.hdf5" in text
+        assert no_network[-1].endswith(f"/{name}.hdf5?dl=1") and "NameResolution" not in text
+    assert len(set(no_network)) == 12
 
 
 @pytest.mark.parametrize(
@@ -346,7 +331,7 @@ def test_offline(tmp_path, offline, capsys):
         ("hopper-bullet-mixed", (38_520, 15), 416, (426, 112.8, 218.6)),
     ],
 )
-def test_embedded_samples(offline, capsys, name, shape, terminations, returns):
+def test_embedded_samples(no_network, capsys, name, shape, terminations, returns):
     env_id, _ = ciql.DATASETS[f"{name}-v0"]
     dataset = ciql.load_dataset(ciql.Config(dataset=f"{name}-v0"), robot_environment(env_id))
     own = dataset.returns

@@ -17,20 +17,21 @@ import numpy as np
 import PIL.Image
 import pytest
 import tyro
-from conftest import ROOT, hopper_file, lab_config
+from conftest import ROOT, flags, hopper_file, lab_config
 
 import ciql_pybullet as ciql
 import study
 
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-OTHERS = [
-    (ROOT / folder / "README.md").read_text() for folder in ("data", "study", "study/results")
-]
+OTHERS = [(ROOT / name / "README.md").read_text() for name in ("data", "study", "study/results")]
 
 
-def python_of(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def python_of(text, words):
+    """The Python example of a text that has these words."""
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (example,) = [example for example in examples if words in example]
+    return example
 
 
 def commands_of(text):
@@ -40,85 +41,61 @@ def commands_of(text):
     return [re.sub(r" +#.*", "", command) for command in commands]
 
 
-COMMANDS = commands_of(README)
-PROGRAM = f"{sys.executable} {ROOT}/ciql_pybullet.py"
-SMALL = "--device cpu --no-compile --max-steps 4 --log-interval 2 --eval-episodes 1"
+SMALL = {"device": "cpu", "compile": False, "max_steps": 4, "log_interval": 2, "eval_episodes": 1}
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with a finished run, a data set in the cache and one of the user's own."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "cache").mkdir()
-    hopper_file(folder / "cache" / "hopper-bullet-mixed-v0.hdf5")
-    hopper_file(folder / "my.hdf5")
-    own = {"D4RL_DATASET_DIR": str(folder / "cache"), "HOME": str(folder)}
-    own |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
-    def run(command):
-        words = shlex.split(command)
-        environment = os.environ | own
-        return subprocess.run(words, cwd=folder, env=environment, timeout=100, check=False, **pipes)
-
-    first = run(f"{PROGRAM} --dataset hopper-bullet-mixed-v0 {SMALL} --name RUN --film")
-    assert first.returncode == 0, first.stderr
-    run.folder = folder
-    return run
-
-
-def in_small(command):
-    """The same command line at small size, run from the clone."""
-    command = command.split(" && ")[-1]
-    if command.startswith("tensorboard"):
-        flags = command.removeprefix("tensorboard ")
-        return f"{sys.executable} -m tensorboard.main {flags} --inspect"
-    if "-m pytest" in command:
-        return f"{command.replace('python', sys.executable, 1)} --help"
-    command = command.replace("python ", f"{sys.executable} {ROOT}/", 1)
-    command = re.sub(r" --max-steps \d+", "", command)
-    if "--evaluate" in command:
-        return command
-    return f"{command} --max-steps 6" if "--resume" in command else f"{command} {SMALL}"
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, no_network):
+    """This folder has a finished run, a data set in the cache and one of the user's own."""
+    (tmp_path / "cache").mkdir()
+    hopper_file(tmp_path / "cache" / "hopper-bullet-mixed-v0.hdf5")
+    hopper_file(tmp_path / "my.hdf5")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ciql.train(ciql.Config(dataset="hopper-bullet-mixed-v0", name="RUN", **SMALL))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(workplace, command):
-    result = workplace(in_small(command))
-    if "--wandb-project" in command and not importlib.util.find_spec("wandb"):
-        assert result.returncode == 2 and "pip install wandb" in result.stderr
-        return
-    assert result.returncode == 0, result.stderr
-    assert result.stdout
-    assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", command))
+@pytest.mark.parametrize("line", commands_of(README))
+def test_command(workplace, succeeds, line):
+    assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", line))
+    program, *arguments = shlex.split(line.split(" && ")[-1].removeprefix("python "))
+    if program == "tensorboard":
+        assert list(Path(arguments[-1]).glob("*/events.*"))
+    elif program == "-m":
+        assert arguments == ["pytest", "tests"]
+    else:
+        assert program == "ciql_pybullet.py"
+        if "--resume" in arguments:
+            arguments[-1] = "6"  # steps
+        elif "--evaluate" not in arguments:
+            arguments += flags(**SMALL)
+        assert succeeds(*arguments)
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves(workplace):
+def test_what_a_run_leaves(workplace, succeeds):
     """A film, a policy for the Python example, and columns that the reference explains."""
-    folder = workplace.folder / "runs" / "RUN"
-    with PIL.Image.open(folder / "policy.gif") as image:
+    succeeds("--evaluate", "runs/RUN", "--film")
+    with PIL.Image.open("runs/RUN/policy.gif") as image:
         assert image.format == "GIF" and image.n_frames > 1 and image.size == (320, 240)
-    assert os.path.getsize(folder / "policy.gif") < 3e6
-    for column in (folder / "metrics.csv").read_text().splitlines()[0].split(","):
-        assert f"`{column}`" in REFERENCE or column == "step", column
-    (code,) = [code for code in python_of(REFERENCE) if "load_policy" in code]
-    code = "import numpy; observation = numpy.zeros(15)\n" + code + "assert action.shape == (3,)\n"
-    result = workplace(f"env PYTHONPATH={ROOT} {sys.executable} -c {shlex.quote(code)}")
-    assert result.returncode == 0, result.stderr
+    assert os.path.getsize("runs/RUN/policy.gif") < 3e6
+    columns = Path("runs/RUN/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {f"`{column}`" for column in columns} - {"`step`"} <= set(re.findall("`.*?`", REFERENCE))
+    names = {"observation": np.zeros(15)}
+    exec(python_of(REFERENCE, "load_policy"), names)  # noqa: S102
+    assert names["action"].shape == (3,)
 
 
 def test_recording_a_file(capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
-    (record,) = [code for code in python_of(README) if "my.hdf5" in code]
-    (look,) = [code for code in python_of(REFERENCE) if "fall" in code]
+    record = python_of(README, "my.hdf5")
     exec(record.replace("env.reset()", "env.action_space.seed(0)\nenv.reset()", 1), {})  # noqa: S102
     dataset = ciql.read_dataset("my.hdf5")
     assert dataset.layout == "D4RL's layout" and len(dataset.lengths) == 10
     assert dataset.terminated.all()
     capsys.readouterr()
-    exec(look, {})  # noqa: S102
+    exec(python_of(REFERENCE, "fall"), {})  # noqa: S102
     shown = [float(number) for number in re.findall(r"-?\d+\.\d*", capsys.readouterr().out)]
     end = dataset.lengths[0] - 1
     assert np.allclose(shown, dataset.transitions.rewards[end - 2 : end + 3], atol=1e-3)
@@ -127,23 +104,23 @@ def test_recording_a_file(capsys):
 
 def test_minari(monkeypatch):
     """The example, on an object with the two attributes of a Minari data set that it uses."""
-    (code,) = [code for code in python_of(REFERENCE) if "minari" in code]
     episode = types.SimpleNamespace(
         observations=np.arange(8.0).reshape(4, 2),
         actions=np.zeros((3, 1)),
         rewards=np.arange(3.0),
         terminations=np.array([False, False, True]),
     )
-    spec = types.SimpleNamespace(env_spec=types.SimpleNamespace(id="Mine-v0"))
-    dataset = types.SimpleNamespace(iterate_episodes=lambda: iter([episode] * 2), spec=spec)
-    monkeypatch.setitem(
-        sys.modules, "minari", types.SimpleNamespace(load_dataset=lambda name: dataset)
+    dataset = types.SimpleNamespace(
+        iterate_episodes=lambda: iter([episode] * 2),
+        spec=types.SimpleNamespace(env_spec=types.SimpleNamespace(id="Mine-v0")),
     )
+    minari = types.SimpleNamespace(load_dataset=lambda name: dataset)
+    monkeypatch.setitem(sys.modules, "minari", minari)
     given = []
-    monkeypatch.setattr(ciql, "train", lambda config, data: given.extend((config, data)))
-    exec(code, {})  # noqa: S102
-    config, data = given
-    assert config.env_id == "Mine-v0" and data.terminations.tolist() == [0, 0, 1] * 2
+    monkeypatch.setattr(ciql, "train", lambda config, data: given.extend((config.env_id, data)))
+    exec(python_of(REFERENCE, "minari"), {})  # noqa: S102
+    env_id, data = given
+    assert env_id == "Mine-v0" and data.terminations.tolist() == [0, 0, 1] * 2
     assert data.observations.tolist() == [[0, 1], [2, 3], [4, 5]] * 2
     assert data.next_observations.tolist() == [[2, 3], [4, 5], [6, 7]] * 2
 
@@ -161,30 +138,28 @@ def patched(diff):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "name"), list(enumerate(("term", "policy", "setting"))))
-def test_example_of_how_to_change_it(workplace, tmp_path, number, name):
+@pytest.mark.parametrize(("number", "name"), [(0, "term"), (1, "policy"), (2, "setting")])
+def test_example_of_how_to_change_it(workplace, monkeypatch, succeeds, fails, number, name):
     """A loss term with a column, another policy, a setting of one's own: in a copy."""
-    script = tmp_path / f"{name}.py"
-    script.write_text(patched(re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number]))
-    flags = f"--dataset hopper-bullet-mixed-v0 {SMALL} --out-dir {tmp_path / name}"
-    if name == "setting":
-        flags += " --reward-scale 0.5"
-    result = workplace(f"{sys.executable} {script} {flags}")
-    assert result.returncode == 0, result.stderr
-    (folder,) = (tmp_path / name).iterdir()
-    again = workplace(f"{sys.executable} {script} --evaluate {folder}")
-    evaluations = [re.findall(r"return .*", run.stdout)[-1] for run in (result, again)]
-    assert evaluations[0] == evaluations[1]
+    Path("copy.py").write_text(patched(re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number]))
+    spec = importlib.util.spec_from_file_location("changed", "copy.py")
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "changed", copy)
+    spec.loader.exec_module(copy)
+    own = {"reward_scale": 0.5} if name == "setting" else {}
+    arguments = flags(dataset="hopper-bullet-mixed-v0", out_dir="own", **SMALL, **own)
+    trained = succeeds(*arguments, main=copy.main)
+    (folder,) = Path("own").iterdir()
+    again = succeeds("--evaluate", folder, main=copy.main)
+    assert re.findall(r"return .*", again) == re.findall(r"return .* episodes .*", trained)
     columns = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
     assert ("effort" in columns) == (name == "term")
     assert ("reward_scale0.5" in folder.name) == (name == "setting")
     if name == "policy":
-        refused = workplace(f"{PROGRAM} --evaluate {folder}")
-        assert refused.returncode == 2 and "LaplacePolicy" in refused.stderr
+        fails("--evaluate", folder, named="LaplacePolicy")
 
 
 def test_example_of_an_agent(lab, monkeypatch):
-    (code,) = [code for code in python_of(README) if "(CIQL)" in code]
     train = ciql.train
     rows = []
 
@@ -193,7 +168,7 @@ def test_example_of_an_agent(lab, monkeypatch):
         rows.extend(ciql.load_checkpoint(folder)["rows"])
 
     monkeypatch.setattr(ciql, "train", train_small)
-    exec(code, {})  # noqa: S102
+    exec(python_of(README, "(CIQL)"), {})  # noqa: S102
     losses = [row["model_loss"] for row in rows if "model_loss" in row]
     assert losses[-1] < losses[0]
 
@@ -267,7 +242,7 @@ KINDS = [f"hopper-bullet-{kind}-v0" for kind in ("random", "medium", "mixed")]
 
 
 @pytest.mark.slow
-def test_data_program(tmp_path):
+def test_data_program(tmp_path, fails):
     """It writes files that are read as what was played: a fall of Hopper is a termination."""
     program = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *RECORD, *KINDS]
     result = subprocess.run(program, check=False, cwd=tmp_path, capture_output=True, text=True)
@@ -281,19 +256,11 @@ def test_data_program(tmp_path):
         assert (t.rewards != 0).all()
     assert len(dataset.returns) == 4
     assert f"stopped at {dataset.returns.mean():.1f} over 4 episodes" in dataset.source
-
-
-@pytest.mark.parametrize(
-    ("arguments", "cause"),
-    [
+    main = lambda: make_bullet_dataset.main(tyro.cli(make_bullet_dataset.Recipe))
+    for wrong, cause in (
         (KINDS[:1], "is there already"),
         (["hopper-medium"], "id is"),
-        ([KINDS[1], "ant-bullet-mixed-v0"], "id is"),
+        ([KINDS[0], "ant-bullet-mixed-v0"], "id is"),
         (["ant-bullet-mixed-v0", "--window", "0"], "window"),
-    ],
-)
-def test_data_program_refuses(tmp_path, fails, arguments, cause):
-    (tmp_path / "sets").mkdir()
-    (tmp_path / "sets" / f"{KINDS[0]}.hdf5").write_text("")
-    main = lambda: make_bullet_dataset.main(tyro.cli(make_bullet_dataset.Recipe))
-    fails(*RECORD, *arguments, named=cause, main=main)
+    ):
+        fails(*RECORD, *wrong, named=cause, main=main)

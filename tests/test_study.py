@@ -257,20 +257,13 @@ def test_a_return_that_is_no_number(lab, study_here, monkeypatch):
     assert row["state"] == "failed"
 
 
-def test_the_sample_is_named_and_found_once(lab, study_here, monkeypatch):
+def test_the_sample_is_named_and_found_once(lab, study_here, monkeypatch, no_network):
     """Without a network: the note comes once, tables say that the data are re-collected."""
-    asked = []
-
-    def download(url, path):
-        asked.append(url)
-        raise OSError("no network")
-
-    monkeypatch.setattr(ciql, "download", download)
     monkeypatch.setattr(ciql, "play_episode", lambda *arguments: 1.0)
     settings = {name: value for name, value in LAB_SETTINGS.items() if name not in (*OWN, "env_id")}
     code, out, error = study_here(*flags(**settings | {"max_steps": 20}), "--seeds", "0", "1")
     assert code == 0, error
-    assert len(asked) == 1 and out.count("no network") == 1
+    assert len(no_network) == 1 and out.count("could not be downloaded") == 1
     rows = rows_of(lab / "s" / "summary.csv")
     assert {row["dataset"] for row in rows} == {f"{SAMPLE_ID} (re-collected)"}
 
