@@ -313,7 +313,6 @@ def no_compiler(*arguments, **options):
     return broken
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiler", [torch.compile, no_compiler])
 def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys, compiler):
     """With a NOTE of one line, and to the bits of a run that was not to be compiled."""

@@ -1,5 +1,6 @@
 """Every command line of the READMEs works, at small size; tables and names are the code's."""
 
+# ruff: noqa: S102  (the examples are run)
 import dataclasses
 import importlib.util
 import os
@@ -83,19 +84,19 @@ def test_what_a_run_leaves(workplace, succeeds):
     columns = Path("runs/RUN/metrics.csv").read_text().splitlines()[0].split(",")
     assert {f"`{column}`" for column in columns} - {"`step`"} <= set(re.findall("`.*?`", REFERENCE))
     names = {"observation": np.zeros(15)}
-    exec(python_of(REFERENCE, "load_policy"), names)  # noqa: S102
+    exec(python_of(REFERENCE, "load_policy"), names)
     assert names["action"].shape == (3,)
 
 
 def test_recording_a_file(capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
-    record = python_of(README, "my.hdf5")
-    exec(record.replace("env.reset()", "env.action_space.seed(0)\nenv.reset()", 1), {})  # noqa: S102
+    seeded = "env.action_space.seed(0)\nenv.reset()"
+    exec(python_of(README, "my.hdf5").replace("env.reset()", seeded, 1), {})
     dataset = ciql.read_dataset("my.hdf5")
     assert dataset.layout == "D4RL's layout" and len(dataset.lengths) == 10
     assert dataset.terminated.all()
     capsys.readouterr()
-    exec(python_of(REFERENCE, "fall"), {})  # noqa: S102
+    exec(python_of(REFERENCE, "fall"), {})
     shown = [float(number) for number in re.findall(r"-?\d+\.\d*", capsys.readouterr().out)]
     end = dataset.lengths[0] - 1
     assert np.allclose(shown, dataset.transitions.rewards[end - 2 : end + 3], atol=1e-3)
@@ -118,7 +119,7 @@ def test_minari(monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", minari)
     given = []
     monkeypatch.setattr(ciql, "train", lambda config, data: given.extend((config.env_id, data)))
-    exec(python_of(REFERENCE, "minari"), {})  # noqa: S102
+    exec(python_of(REFERENCE, "minari"), {})
     env_id, data = given
     assert env_id == "Mine-v0" and data.terminations.tolist() == [0, 0, 1] * 2
     assert data.observations.tolist() == [[0, 1], [2, 3], [4, 5]] * 2
@@ -168,7 +169,7 @@ def test_example_of_an_agent(lab, monkeypatch):
         rows.extend(ciql.load_checkpoint(folder)["rows"])
 
     monkeypatch.setattr(ciql, "train", train_small)
-    exec(python_of(README, "(CIQL)"), {})  # noqa: S102
+    exec(python_of(README, "(CIQL)"), {})
     losses = [row["model_loss"] for row in rows if "model_loss" in row]
     assert losses[-1] < losses[0]
 
