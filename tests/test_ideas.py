@@ -2,15 +2,18 @@
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
-from conftest import own_transitions
+import variants
+from conftest import ROOT, own_transitions
 from torch import nn
 
 import ciql_pybullet
-from ciql_pybullet import CIQL, Config, QNetworks, mlp
+from ciql_pybullet import CIQL, Config, QNetworks
 
+README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("one_thread")
 S = 5  # observation_dim
 A = 2  # action_dim
@@ -93,12 +96,14 @@ class LearnedTemperature(CIQL):
 
 
 class TD3BC(CIQL):
-    """The policy also climbs Q, on the scale of the batch's mean |Q| (Fujimoto & Gu, 2021)."""
+    """The policy, with noise, also climbs Q on the scale of its mean |Q| (Fujimoto & Gu, 2021)."""
 
     def losses(self, batch):
         loss, metrics = super().losses(batch)
         self.critic.requires_grad_(False)
-        q = self.critic(batch.observations, self.policy(batch.observations))[0]
+        actions = self.policy(batch.observations)
+        noise = 0.1 * torch.randn_like(actions)  # drawn beside the helper
+        q = self.critic(batch.observations, actions + noise)[0]
         self.critic.requires_grad_(True)
         scale = q.abs().mean().detach()
         return loss - q.mean() / scale, metrics | {"scale": scale}
@@ -114,22 +119,6 @@ class AdamWCosine(CIQL):
         metrics = super().update(data)
         self.scheduler.step()
         return metrics
-
-
-class Auxiliary(CIQL):
-    """A network that predicts the next observation from noisy actions; its loss is a column."""
-
-    def __init__(self, observation_dim, action_dim, config):
-        super().__init__(observation_dim, action_dim, config)
-        self.model = mlp(observation_dim + action_dim, 32, observation_dim)
-        self.make_optimizer(self.policy, self.value, self.critic, self.model)
-
-    def losses(self, batch):
-        loss, metrics = super().losses(batch)
-        noisy = batch.actions + 0.1 * torch.randn_like(batch.actions)
-        predicted = self.model(torch.cat([batch.observations, noisy], -1))
-        model_loss = ((predicted - batch.next_observations) ** 2).mean()
-        return loss + model_loss, metrics | {"model_loss": model_loss.detach()}
 
 
 class Functional(CIQL):
@@ -152,7 +141,16 @@ class SampledGaps(CIQL):
         return super().gaps(critic, batch, (mean + noise).clamp(-1, 1).detach())
 
 
-IDEAS = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
+def model_of_the_readme():
+    """The README's example: a network more, whose loss is a column."""
+    (code,) = re.findall(r"```python\n(import torch\nfrom ciql.*?)\ntrain\(", README, re.DOTALL)
+    names = {"__name__": __name__}
+    exec(code, names)  # noqa: S102
+    return names["Model"]
+
+
+OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
+IDEAS = [*OWN, model_of_the_readme(), variants.AveragedPolicy]
 
 
 def make(idea):

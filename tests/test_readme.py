@@ -3,7 +3,6 @@
 # ruff: noqa: S102  (the examples are run)
 import dataclasses
 import importlib.util
-import os
 import re
 import shlex
 import shutil
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import make_bullet_dataset
 import numpy as np
-import PIL.Image
 import pytest
 import tyro
-from conftest import ROOT, flags, hopper_file, lab_config
+from conftest import ROOT, flags, hopper_file
 
 import ciql_pybullet as ciql
 import study
@@ -78,9 +76,7 @@ def test_command(workplace, succeeds, line):
 def test_what_a_run_leaves(workplace, succeeds):
     """A film, a policy for the Python example, and columns that the reference explains."""
     succeeds("--evaluate", "runs/RUN", "--film")
-    with PIL.Image.open("runs/RUN/policy.gif") as image:
-        assert image.format == "GIF" and image.n_frames > 1 and image.size == (320, 240)
-    assert os.path.getsize("runs/RUN/policy.gif") < 3e6
+    assert 1000 < Path("runs/RUN/policy.gif").stat().st_size < 3e6
     columns = Path("runs/RUN/metrics.csv").read_text().splitlines()[0].split(",")
     assert {f"`{column}`" for column in columns} - {"`step`"} <= set(re.findall("`.*?`", REFERENCE))
     names = {"observation": np.zeros(15)}
@@ -157,21 +153,9 @@ def test_example_of_how_to_change_it(workplace, monkeypatch, succeeds, fails, nu
     assert ("effort" in columns) == (name == "term")
     assert ("reward_scale0.5" in folder.name) == (name == "setting")
     if name == "policy":
-        fails("--evaluate", folder, named="LaplacePolicy")
-
-
-def test_example_of_an_agent(lab, monkeypatch):
-    train = ciql.train
-    rows = []
-
-    def train_small(config, make_agent):
-        folder, _ = train(lab_config(), make_agent=make_agent)
-        rows.extend(ciql.load_checkpoint(folder)["rows"])
-
-    monkeypatch.setattr(ciql, "train", train_small)
-    exec(python_of(README, "(CIQL)"), {})
-    losses = [row["model_loss"] for row in rows if "model_loss" in row]
-    assert losses[-1] < losses[0]
+        fails("--evaluate", folder, named="holds a LaplacePolicy, but make_policy makes a Gaussian")
+        policy = ciql.load_policy(folder, copy.make_policy)
+        assert np.abs(policy.act(np.zeros(15))).max() <= 1
 
 
 def test_settings_table():

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import variants
 from conftest import (
     LAB_FLAGS,
     LAB_SETTINGS,
@@ -184,50 +185,29 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert run.stdout + run.stderr == b"" and not list(tmp_path.iterdir())
 
 
-class HalfPolicy(ciql.GaussianPolicy):
-    """Acts half as far."""
-
-    def forward(self, observations):
-        return super().forward(observations) / 2
-
-
-def make_half_policy(observation_dim, action_dim, config):
-    return HalfPolicy(observation_dim, action_dim, config.hidden_sizes)
-
-
-class OtherAgent(ciql.CIQL):
-    """A subclass whose policy is its own."""
-
-    def __init__(self, observation_dim, action_dim, config):
-        super().__init__(observation_dim, action_dim, config)
-        self.policy = make_half_policy(observation_dim, action_dim, config)
-        self.make_optimizer(self.policy, self.value, self.critic)
-
-
-def test_policy_of_a_subclass(lab, fails):
-    """It is trained, saved, and loaded by the function that makes it; else refused in one line."""
-    config = lab_config(name="run")
-    folder, curve = ciql.train(config, make_agent=OtherAgent)
-    policy = ciql.load_policy(folder, make_policy=make_half_policy)
-    assert ciql.evaluate(policy, config, 40)["return_1"] == curve.returns[-1][0]
-    fails("--evaluate", "runs/run", named="holds a HalfPolicy, but make_policy makes a Gaussian")
-    copied = folder / "code-from-step-0" / Path(__file__).name
-    assert copied.read_bytes() == Path(__file__).read_bytes()
+def test_agent_of_ones_own(lab):
+    """What is saved is the policy that it evaluates, and the code of its module."""
+    folder, curve = ciql.train(lab_config(), make_agent=variants.AveragedPolicy)
+    assert (
+        ciql.evaluate(ciql.load_policy(folder), lab_config(), 40)["return_1"] == curve.returns[1][0]
+    )
+    copied = folder / "code-from-step-0" / "variants.py"
+    assert copied.read_bytes() == Path(variants.__file__).read_bytes()
 
 
 def test_notebook(lab, monkeypatch):
     """A class that is defined where no file is, as in a notebook."""
     monkeypatch.setitem(sys.modules, "typed_in", types.ModuleType("typed_in"))
-    typed = type("Typed", (OtherAgent,), {"__module__": "typed_in"})
+    typed = type("Typed", (ciql.CIQL,), {"__module__": "typed_in"})
     ciql.train(lab_config(), make_agent=typed)
 
 
 def test_policy_is_played_in_eval_mode(lab):
-    """With dropout, two evaluations are the same, and training goes on in training mode."""
+    """Without its dropout; training goes on in training mode."""
     policy = ciql.GaussianPolicy(3, 1, (8,))
+    plain = ciql.evaluate(policy, lab_config(), 1)
     policy.mu.insert(1, torch.nn.Dropout(0.5))
-    assert ciql.evaluate(policy, lab_config(), 1) == ciql.evaluate(policy, lab_config(), 1)
-    assert policy.training
+    assert ciql.evaluate(policy, lab_config(), 1) == plain and policy.training
 
 
 def test_film(lab, succeeds):
@@ -409,8 +389,8 @@ def test_run_answers_for_itself_alone(lab, max_steps):
     """Complete or not, another agent or other data under its name do not get its curve."""
     ciql.train(lab_config(name="run"))
     config = lab_config(name="run", max_steps=max_steps)
-    with refused("holds a CIQL, not a OtherAgent"):
-        ciql.train(config, make_agent=OtherAgent)
+    with refused("holds a CIQL, not a AveragedPolicy"):
+        ciql.train(config, make_agent=variants.AveragedPolicy)
     lab_file(lab / "data.hdf5", actions=np.zeros((31, 1)))
     with refused("was trained on other data than data.hdf5 holds now (on data.hdf5)"):
         ciql.train(config)
