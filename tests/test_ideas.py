@@ -227,12 +227,3 @@ def test_helper_measures_gaps_that_draw_nothing(idea, is_helped):
     agent.meter.start_helper(data)
     assert torch.equal(torch.get_rng_state(), before)
     assert bool(agent.meter.helper) == is_helped
-
-
-def test_measured_copy_has_the_buffers_of_the_critic():
-    agent, _ = make(SpectralCritic)
-    for tensor in agent.critic.state_dict().values():
-        tensor.uniform_()
-    agent.meter.measure = lambda batch, negative_actions: None  # it would move the buffers
-    agent.meter.start(None, None)
-    assert_same(agent.meter.critic, agent.critic)
