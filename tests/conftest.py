@@ -14,8 +14,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "ciql_pybullet.py"
-SAMPLE_ID = "halfcheetah-bullet-medium-v0"
-SAMPLE = ROOT / "data" / "halfcheetah-bullet-medium-sample.hdf5"
 sys.path[:0] = [str(ROOT), str(ROOT / "study"), str(ROOT / "data")]
 
 import ciql_pybullet

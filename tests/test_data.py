@@ -11,20 +11,12 @@ import psutil
 import pybullet_envs_gymnasium  # noqa: F401  (registers the robots)
 import pytest
 import torch
-from conftest import (
-    SAMPLE,
-    SAMPLE_ID,
-    episode,
-    hopper_file,
-    lab_config,
-    own_transitions,
-    refused,
-    write_file,
-)
+from conftest import episode, hopper_file, lab_config, own_transitions, refused, write_file
 from gymnasium.spaces import Box
 
 import ciql_pybullet as ciql
 
+PUBLISHED = ciql.Config.dataset  # of which there is a sample
 HOPPER = "HopperBulletEnv-v0"
 
 
@@ -43,6 +35,12 @@ def robot_environment(env_id):
     env = box_environment(-ones, ones, robot.observation_dim)
     env.spec = gymnasium.spec(env_id)
     return env
+
+
+def load_for_hopper(data=None):
+    """The file data.hdf5, or transitions of one's own, as a run on Hopper takes it."""
+    config = ciql.Config(dataset="data.hdf5", env_id=HOPPER)
+    return ciql.load_dataset(config, robot_environment(HOPPER), data)
 
 
 # --------------------------------------------------------------------------- d4rl-pybullet's layout
@@ -222,9 +220,7 @@ def test_bad_file(tmp_path, name):
     make, named = BAD_FILES[name]
     make(tmp_path / "data.hdf5")
     with refused("data.hdf5: ", named):
-        ciql.load_dataset(
-            ciql.Config(dataset="data.hdf5", env_id=HOPPER), robot_environment(HOPPER)
-        )
+        load_for_hopper()
 
 
 def test_file_larger_than_the_memory(tmp_path, monkeypatch):
@@ -240,8 +236,8 @@ def test_bandit_file(tmp_path):
     still = dict.fromkeys(("observations", "next_observations"), np.zeros((9, 15)))
     columns = still | {"actions": np.eye(9, 3), "rewards": np.ones(9)}
     columns |= {"terminals": np.ones(9), "timeouts": np.zeros(9)}
-    path = write_file(tmp_path / "data.hdf5", columns)
-    ciql.load_dataset(ciql.Config(str(path), HOPPER), robot_environment(HOPPER))
+    write_file(tmp_path / "data.hdf5", columns)
+    load_for_hopper()
 
 
 NEVER_FALLS = "2 terminations of a robot that never falls"
@@ -275,8 +271,8 @@ def test_where_data_are_looked_for(tmp_path, monkeypatch, no_network):
     assert ciql.find_dataset("some/file.hdf5") == Path("some/file.hdf5")
     for folder in ("cache", ".d4rl/datasets"):
         (tmp_path / folder).mkdir(parents=True)
-        cached = write_file(tmp_path / folder / f"{SAMPLE_ID}.hdf5", episode(2, first=0))
-        assert ciql.find_dataset(SAMPLE_ID) == cached
+        cached = write_file(tmp_path / folder / f"{PUBLISHED}.hdf5", episode(2, first=0))
+        assert ciql.find_dataset(PUBLISHED) == cached
         monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
     assert not no_network
@@ -288,15 +284,15 @@ def test_user_without_a_home(tmp_path, monkeypatch, no_network):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     with refused("set D4RL_DATASET_DIR"):
-        ciql.find_dataset(SAMPLE_ID)
+        ciql.find_dataset(PUBLISHED)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    assert ciql.find_dataset(SAMPLE_ID) == SAMPLE
+    assert ciql.find_dataset(PUBLISHED).parent == ciql.SAMPLES
 
 
 def test_offline(tmp_path, no_network, capsys):
     """The samples stand in for their own ids alone; it is said why, and how to have the file."""
     for name in ciql.DATASETS:
-        sample = SAMPLE.parent / name.replace("-v0", "-sample.hdf5")
+        sample = ciql.SAMPLES / name.replace("-v0", "-sample.hdf5")
         if sample.exists():
             assert ciql.find_dataset(name) == sample
             text = capsys.readouterr().out
@@ -343,7 +339,7 @@ def test_own_transitions_may_be_of_any_kind():
             terminations=arrays.terminations.astype(bool),
         ),
     ):
-        dataset = ciql.load_dataset(ciql.Config(env_id=HOPPER), robot_environment(HOPPER), given)
+        dataset = load_for_hopper(given)
         for column, expected in zip(dataset.transitions, data, strict=True):
             assert torch.equal(column, expected) and not column.requires_grad
 
@@ -370,12 +366,11 @@ UNFITTING = {
 @pytest.mark.parametrize(("data", "named"), UNFITTING.values(), ids=UNFITTING)
 def test_own_transitions_that_do_not_fit(data, named):
     with refused("data", named):
-        ciql.load_dataset(ciql.Config(env_id=HOPPER), robot_environment(HOPPER), data)
+        load_for_hopper(data)
 
 
 def test_successors_may_be_the_observations_where_every_step_terminates():
-    data = own_transitions(**SAME, terminations=torch.ones(6))
-    ciql.check_transitions(data, robot_environment(HOPPER), "data")
+    load_for_hopper(own_transitions(**SAME, terminations=torch.ones(6)))
 
 
 def test_actions_of_another_box_are_rescaled(capsys):

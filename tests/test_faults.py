@@ -19,11 +19,12 @@ import pooch
 import psutil
 import pytest
 import torch
-from conftest import LAB_FLAGS, SAMPLE, SAMPLE_ID, hopper_file, lab_config, metrics, refused
+from conftest import LAB_FLAGS, hopper_file, lab_config, metrics, refused
 
 import ciql_pybullet as ciql
 
 DRAW = ciql.draw
+PUBLISHED = ciql.Config.dataset  # of which there is a sample
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -223,7 +224,7 @@ def test_download_that_fails(server, tmp_path, capsys, reply, cause):
     server.reply = reply
     before = time.monotonic()
     with full_disk():
-        assert ciql.find_dataset(SAMPLE_ID) == SAMPLE
+        assert ciql.find_dataset(PUBLISHED).parent == ciql.SAMPLES
         assert cause in capsys.readouterr().out
         with refused(cause):
             ciql.find_dataset("walker2d-bullet-random-v0")
@@ -235,11 +236,11 @@ def test_download(server, tmp_path, capsys):
     """The whole file is in the cache, where it is found again."""
     good = hopper_file(tmp_path / "good.hdf5").read_bytes()
     server.reply = send(good)
-    path = tmp_path / "cache" / f"{SAMPLE_ID}.hdf5"
-    assert ciql.find_dataset(SAMPLE_ID) == path and capsys.readouterr().out == ""
+    path = tmp_path / "cache" / f"{PUBLISHED}.hdf5"
+    assert ciql.find_dataset(PUBLISHED) == path and capsys.readouterr().out == ""
     assert path.read_bytes() == good and list(path.parent.iterdir()) == [path]
     server.reply = send(b"", 500)
-    assert ciql.find_dataset(SAMPLE_ID) == path
+    assert ciql.find_dataset(PUBLISHED) == path
 
 
 # ------------------------------------------------------------------------- diverging, disks, memory

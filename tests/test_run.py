@@ -20,18 +20,7 @@ import numpy as np
 import pytest
 import torch
 import variants
-from conftest import (
-    LAB_FLAGS,
-    LAB_SETTINGS,
-    ROOT,
-    SCRIPT,
-    flags,
-    lab_config,
-    lab_file,
-    metrics,
-    refused,
-    snapshot,
-)
+from conftest import LAB_FLAGS, SCRIPT, flags, lab_config, lab_file, metrics, refused, snapshot
 from PIL import Image
 
 import ciql_pybullet as ciql
@@ -174,7 +163,7 @@ def test_train_can_be_called(lab):
 def test_importing_has_no_side_effects(tmp_path):
     code = f"""
 import sys, threading, torch
-sys.path.append({str(ROOT)!r})
+sys.path.append({str(SCRIPT.parent)!r})
 before = torch.get_rng_state()
 import ciql_pybullet
 assert threading.active_count() == 1 and torch.equal(before, torch.get_rng_state())
@@ -505,7 +494,7 @@ def test_stopped_before_the_first_step(lab, monkeypatch):
     assert stopped_train(lab_config()) == 143 and not list((lab / "runs").iterdir())
 
 
-LONG = flags(**LAB_SETTINGS | {"max_steps": 1000, "eval_interval": 500, "lr": 1e-3})
+LONG = [*LAB_FLAGS, *flags(max_steps=1000, eval_interval=500, lr=1e-3)]
 
 
 def wait_until_it_plays(lab, process):

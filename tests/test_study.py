@@ -21,22 +21,13 @@ import pytest
 import tables
 import torch
 import variants
-from conftest import (
-    LAB_SETTINGS,
-    ROOT,
-    SAMPLE_ID,
-    flags,
-    lab_file,
-    metrics,
-    own_transitions,
-    refused,
-    snapshot,
-)
+from conftest import LAB_SETTINGS, flags, lab_file, metrics, own_transitions, refused, snapshot
 from torch.nn.utils import parameters_to_vector
 
 import ciql_pybullet as ciql
 import study
 
+PUBLISHED = ciql.Config.dataset  # of which there is a sample
 OWN = ("dataset", "threads")  # of these a study has its own
 LAB = flags(**{name: value for name, value in LAB_SETTINGS.items() if name not in OWN})
 DATA = ["--datasets", "data.hdf5", *LAB, "--eval-episodes", "1"]
@@ -45,20 +36,20 @@ DATA = ["--datasets", "data.hdf5", *LAB, "--eval-episodes", "1"]
 # ------------------------------------------------------------------------------- what it is made of
 def test_grid():
     """Data sets x methods x settings x seeds; settings with a comma between vary together."""
-    command = ["--datasets", SAMPLE_ID, "m#y\n.hdf5", "--env-id", "HopperBulletEnv-v0"]
+    command = ["--datasets", PUBLISHED, "m#y\n.hdf5", "--env-id", "HopperBulletEnv-v0"]
     command += ["--seeds", "3", "4", "--methods", "IQL", "AveragedPolicy", "--lr", "0.1"]
     command += ["--grid", "alpha,clamp_advantage", "0,False", "1,True"]
     command += ["--grid", "hidden_sizes", "8 9", "--grid", "min_log_std", "-5"]
     _, runs = study.parse(command)
     cells = [(0, False), (1, True)]
-    axes = itertools.product(("IQL", "AveragedPolicy"), cells, (SAMPLE_ID, "m#y\n"), (3, 4))
+    axes = itertools.product(("IQL", "AveragedPolicy"), cells, (PUBLISHED, "m#y\n"), (3, 4))
     for run, (method, (alpha, clamp), dataset, seed) in zip(runs.values(), axes, strict=True):
         config = run.config
         assert (config.alpha, config.clamp_advantage, config.seed) == (alpha, clamp, seed)
         assert (config.lr, config.hidden_sizes, config.threads) == (0.1, (8, 9), 1)
         assert config.policy_lr_decay == (method == "IQL")
         assert (run.row["dataset"], Path(config.dataset).stem) == (dataset, dataset)
-        assert config.env_id == ("" if dataset == SAMPLE_ID else "HopperBulletEnv-v0")
+        assert config.env_id == ("" if dataset == PUBLISHED else "HopperBulletEnv-v0")
         assert re.fullmatch(r"[\w.+-]+", config.name)
         label = f"{method} alpha={alpha} clamp_advantage={clamp} hidden_sizes=8 9 min_log_std=-5"
         assert (run.method, run.row["method"]) == (method, label)
@@ -274,7 +265,7 @@ def test_the_sample_is_named_and_found_once(lab, study_here, monkeypatch, no_net
     code, out, _ = study_here(*flags(**settings | {"max_steps": 20}), "--seeds", "0", "1")
     assert code == 0 and out.count("could not be downloaded") == len(no_network) == 1
     rows = rows_of(lab / "s" / "summary.csv")
-    assert {row["dataset"] for row in rows} == {f"{SAMPLE_ID} (re-collected)"}
+    assert {row["dataset"] for row in rows} == {f"{PUBLISHED} (re-collected)"}
 
 
 # ----------------------------------------------------------------------------------------- methods
@@ -328,7 +319,7 @@ def test_small_targets():
 # ----------------------------------------------------------------------------------------- with Ray
 def start_study(*arguments):
     """Start a study as a user does, in a process group of its own."""
-    command = [sys.executable, ROOT / "study" / "study.py", *arguments]
+    command = [sys.executable, study.__file__, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, start_new_session=True, **pipes)
 
