@@ -184,6 +184,39 @@ def test_steps_are_those_of_the_reference(recipe, where):
     assert not config.alpha or clamps == {0, 1, 2}  # of the two are open
 
 
+def test_log_std_stays_above_its_floor_and_can_grow_again():
+    config = Config(device="cpu", hidden_sizes=(8,), min_log_std=-1.0, lr=0.5, num_neg=1)
+    agent = CIQL(S, A, config)
+    zeros = torch.zeros(4)
+    batch = Transitions(torch.zeros(4, S), torch.zeros(4, A), zeros, torch.zeros(4, S), zeros + 1)
+    agent.policy.mu[-1].weight.data.zero_()
+    agent.policy.mu[-1].bias.data.zero_()
+    for _ in range(20):
+        agent.update(batch)
+    assert agent.policy.log_std.tolist() == [-1.0] * A
+    spread = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).expand(4, A)
+    for _ in range(20):
+        agent.update(batch._replace(actions=spread))
+    assert agent.policy.log_std.min() > -0.9
+
+
+def test_data_are_normalised_as_the_policy_undoes_it():
+    agent = CIQL(S, A, small())
+    data = random_data(20)
+    s = data.observations.double().numpy() * [0.01, 0.1, 1, 3, 5] + [0, 0, 7, -7, 7]
+    successors = torch.tensor(s[::-1].copy()).float()
+    raw = data._replace(observations=torch.tensor(s).float(), next_observations=successors)
+    prepared = agent.prepare(raw)
+    deviation = np.sqrt(((s - s.mean(0)) ** 2).sum(0) / 19)
+    expected = (s - s.mean(0)) / (deviation + 1e-3)
+    np.testing.assert_allclose(prepared.observations, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(prepared.next_observations, expected[::-1], rtol=1e-3, atol=1e-4)
+    for name in ("actions", "rewards", "terminations"):
+        assert torch.equal(getattr(prepared, name), getattr(data, name))
+    mean_action = agent.policy(prepared.observations[:1])[0].detach()
+    np.testing.assert_allclose(agent.policy.act(s[0]), mean_action, rtol=1e-3, atol=1e-5)
+
+
 # ----------------------------------------------------------------------- the same step, done faster
 def small(**settings):
     usual = {"hidden_sizes": (16, 16), "batch_size": 32, "lr": 1e-2, "threads": 2}
