@@ -26,7 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from ciql_pybullet import CIQL, SAMPLES, Config, processor, read_dataset, torch_settings
 
-S, A, B, H, K = 26, 6, 256, 256, 10  # the default job: HalfCheetah at the default settings
+# The default job: HalfCheetah at the default settings.
+S = 26
+A = 6
+B = 256
+H = 256
+K = 10
 SAMPLE = SAMPLES / "halfcheetah-bullet-medium-sample.hdf5"
 
 
@@ -34,13 +39,15 @@ class Textbook:
     """CIQL as people write it: an Adam per network, loops, .item(), numpy indices, no tricks."""
 
     def __init__(self, data, alpha):
-        self.data, self.alpha = [column.numpy() for column in data], alpha
+        self.data = [column.numpy() for column in data]
+        self.alpha = alpha
         self.log_std = nn.Parameter(torch.zeros(A))
         self.q1, self.q1_optimizer = self.network(S + A, 1)
         self.q2, self.q2_optimizer = self.network(S + A, 1)
         self.v, self.v_optimizer = self.network(S, 1)
         self.pi, self.pi_optimizer = self.network(S, A, self.log_std)
-        self.target1, self.target2 = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
+        self.target1 = copy.deepcopy(self.q1)
+        self.target2 = copy.deepcopy(self.q2)
 
     @staticmethod
     def network(inputs, outputs, *more):

@@ -1,4 +1,4 @@
-"""Files, processes and settings that the tests share."""
+"""Files, settings and an environment that the tests share, and functions that run the programs."""
 
 import contextlib
 import csv
@@ -9,13 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import requests
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "ciql_pybullet.py"
-SAMPLE_ID = "halfcheetah-bullet-medium-v0"
-SAMPLE = ROOT / "data" / "halfcheetah-bullet-medium-sample.hdf5"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "study"), str(ROOT / "data")]
 
 import ciql_pybullet
 from ciql_pybullet import Config, InputError, Transitions
@@ -41,7 +40,20 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-# -------------------------------------------------------------------------------------------- files
+@pytest.fixture
+def no_network(monkeypatch):
+    """The published addresses cannot be reached; the list of those that were asked for."""
+    asked = []
+
+    def refuse(self, url, part, pooch):
+        asked.append(url)
+        raise requests.ConnectionError(f"HTTPSConnectionPool({url}): NameResolutionError")
+
+    monkeypatch.setattr("pooch.HTTPDownloader.__call__", refuse)
+    return asked
+
+
+# --------------------------------------------------------------------------------------------- data
 def episode(steps, first, observation_dim=2, action_dim=1, closed=True):
     """Rows of an episode in d4rl-pybullet's layout, all numbers told apart by ``first``."""
     rows = steps + closed
@@ -57,14 +69,13 @@ def episode(steps, first, observation_dim=2, action_dim=1, closed=True):
     return columns | {"rewards": rewards, "terminals": terminals}
 
 
-def write_file(path, *episodes, two_dimensional=False, **replaced):
+def write_file(path, *episodes, **replaced):
     """Write ``episodes`` to an HDF5 file; ``replaced`` columns stand in, None leaves one out."""
     columns = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]} | replaced
     with h5py.File(path, "w") as file:
         for key, column in columns.items():
             if column is not None:
-                column = np.asarray(column, np.float32)
-                file[key] = column[:, None] if two_dimensional and column.ndim == 1 else column
+                file[key] = np.asarray(column, np.float32)
     return path
 
 
@@ -90,6 +101,19 @@ def lab_file(path, **replaced):
     return small_file(path, (10, 10, 9), 3, 1, **replaced)
 
 
+def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
+    """Transitions of random numbers; ``replaced`` columns stand in."""
+    columns = {
+        "observations": torch.randn(n, observation_dim),
+        "actions": torch.rand(n, action_dim) * 2 - 1,
+        "rewards": torch.randn(n),
+        "next_observations": torch.randn(n, observation_dim),
+        "terminations": torch.zeros(n),
+    }
+    return Transitions(**(columns | replaced))
+
+
+# ---------------------------------------------------------------------------------- what a run left
 def metrics(folder):
     """The rows of a run's metrics.csv, but for the speed."""
     with open(folder / "metrics.csv", newline="") as file:
@@ -120,6 +144,18 @@ def command(monkeypatch, capsys):
             code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def succeeds(command):
+    """A function that runs a command line that ends well, without complaint: its stdout."""
+
+    def run(*arguments, main=ciql_pybullet.main):
+        code, out, error = command(*arguments, main=main)
+        assert (code, error) == (0, "")
+        return out
 
     return run
 
@@ -168,6 +204,10 @@ class Lab(gymnasium.Env):
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
+        self.descriptor = os.open(os.devnull, os.O_RDONLY)  # until it is closed
+
+    def close(self):
+        os.close(self.descriptor)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -226,28 +266,14 @@ def lab_config(**settings):
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """The Lab's module and data, where this process and its children find them; that folder."""
+    """The folder of the Lab's module and data, found by this process and its children.
+
+    Runs of this process draw no pictures, which would take half of their time.
+    """
     (tmp_path / "lab.py").write_text(LAB)
     lab_file(tmp_path / "data.hdf5")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    return tmp_path
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes half of a small training."""
     monkeypatch.setattr(ciql_pybullet, "draw", lambda *arguments: None)
-
-
-def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
-    """Transitions of random numbers; ``replaced`` columns stand in."""
-    columns = {
-        "observations": torch.randn(n, observation_dim),
-        "actions": torch.rand(n, action_dim) * 2 - 1,
-        "rewards": torch.randn(n),
-        "next_observations": torch.randn(n, observation_dim),
-        "terminations": torch.zeros(n),
-    }
-    return Transitions(**(columns | replaced))
+    return tmp_path

@@ -1,15 +1,19 @@
 """Ideas as a student writes them: agents of a few lines, in ordinary PyTorch, that just work."""
 
 import copy
+import functools
+import re
 
 import pytest
 import torch
-from conftest import own_transitions
+import variants
+from conftest import ROOT, own_transitions
 from torch import nn
 
 import ciql_pybullet
-from ciql_pybullet import CIQL, Config, QNetworks, mlp
+from ciql_pybullet import CIQL, Config, QNetworks
 
+README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("one_thread")
 S = 5  # observation_dim
 A = 2  # action_dim
@@ -92,12 +96,14 @@ class LearnedTemperature(CIQL):
 
 
 class TD3BC(CIQL):
-    """The policy also climbs Q, on the scale of the batch's mean |Q| (Fujimoto & Gu, 2021)."""
+    """The policy, with noise, also climbs Q on the scale of its mean |Q| (Fujimoto & Gu, 2021)."""
 
     def losses(self, batch):
         loss, metrics = super().losses(batch)
         self.critic.requires_grad_(False)
-        q = self.critic(batch.observations, self.policy(batch.observations))[0]
+        actions = self.policy(batch.observations)
+        noise = 0.1 * torch.randn_like(actions)  # drawn beside the helper
+        q = self.critic(batch.observations, actions + noise)[0]
         self.critic.requires_grad_(True)
         scale = q.abs().mean().detach()
         return loss - q.mean() / scale, metrics | {"scale": scale}
@@ -113,22 +119,6 @@ class AdamWCosine(CIQL):
         metrics = super().update(data)
         self.scheduler.step()
         return metrics
-
-
-class Auxiliary(CIQL):
-    """A network that predicts the next observation from noisy actions; its loss is a column."""
-
-    def __init__(self, observation_dim, action_dim, config):
-        super().__init__(observation_dim, action_dim, config)
-        self.model = mlp(observation_dim + action_dim, 32, observation_dim)
-        self.make_optimizer(self.policy, self.value, self.critic, self.model)
-
-    def losses(self, batch):
-        loss, metrics = super().losses(batch)
-        noisy = batch.actions + 0.1 * torch.randn_like(batch.actions)
-        predicted = self.model(torch.cat([batch.observations, noisy], -1))
-        model_loss = ((predicted - batch.next_observations) ** 2).mean()
-        return loss + model_loss, metrics | {"model_loss": model_loss.detach()}
 
 
 class Functional(CIQL):
@@ -151,30 +141,32 @@ class SampledGaps(CIQL):
         return super().gaps(critic, batch, (mean + noise).clamp(-1, 1).detach())
 
 
-IDEAS = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
+def model_of_the_readme():
+    """The README's example: a network more, whose loss is a column."""
+    (code,) = re.findall(r"```python\n(import torch\nfrom ciql.*?)\ntrain\(", README, re.DOTALL)
+    names = {"__name__": __name__}
+    exec(code, names)  # noqa: S102
+    return names["Model"]
 
 
-def make(idea, compiled=False, state=None):
-    """An agent as ``train`` makes it, perhaps with the state of another, and its data."""
+OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
+IDEAS = [*OWN, model_of_the_readme(), variants.AveragedPolicy]
+
+
+def make(idea):
+    """An agent as ``train`` makes it, and its data."""
     torch.manual_seed(0)
     agent = idea(S, A, CONFIG)
     data = agent.prepare(own_transitions(300, S, A))
     agent.check_optimizers()
-    if state:
-        agent.load_training_state(copy.deepcopy(state))
-    agent.meter.start_helper(data)
-    if compiled:
-        agent.compile_losses(data)
     return agent, data
 
 
-def hundred_steps(idea, compiled=False):
-    """The agent afterwards, and what each step reported."""
-    agent, data = make(idea, compiled)
-    torch.manual_seed(1)
-    with torch.compiler.set_stance("eager_on_recompile" if compiled else "default"):
-        history = [agent.update(data) for _ in range(100)]
-    return agent, [{name: figure.item() for name, figure in row.items()} for row in history]
+def take_steps(agent, data, steps, seed=1):
+    """What each of these steps reported."""
+    torch.manual_seed(seed)
+    history = [agent.update(data) for _ in range(steps)]
+    return [{name: figure.item() for name, figure in row.items()} for row in history]
 
 
 def assert_same(one, other):
@@ -183,34 +175,55 @@ def assert_same(one, other):
         assert torch.equal(left, right), name
 
 
+@functools.cache
+def eager_run(idea):
+    """The agent after a hundred steps with the helper, and what they reported."""
+    agent, data = make(idea)
+    agent.meter.start_helper(data)
+    return agent, take_steps(agent, data, 100)
+
+
 @pytest.mark.parametrize("idea", IDEAS)
-def test_idea(idea):
-    """A hundred steps, twice to the bit; all of it is trained; it resumes as if never stopped."""
-    agent, history = hundred_steps(idea)
-    again, same = hundred_steps(idea)
-    assert history == same
+def test_idea_is_exact(idea):
+    """The same seed gives the same bits, all of it is trained, it resumes as if never stopped."""
+    agent, history = eager_run(idea)
+    again, data = make(idea)
+    before = copy.deepcopy(again)
+    again.meter.start_helper(data)
+    assert take_steps(again, data, 100) == history
     assert_same(agent, again)
-    fresh, _ = make(idea)
-    for (name, before), after in zip(fresh.named_parameters(), agent.parameters(), strict=True):
-        assert not (before.requires_grad and torch.equal(before, after)), name
+    for (name, old), new in zip(before.named_parameters(), again.parameters(), strict=True):
+        assert not (old.requires_grad and torch.equal(old, new)), name
 
-    resumed, data = make(idea, state=agent.training_state())
+    resumed, data = make(idea)
+    resumed.load_training_state(copy.deepcopy(agent.training_state()))
     assert resumed.steps == 100
-    for one in (agent, resumed):
-        torch.manual_seed(2)
-        for _ in range(10):
-            one.update(data)
-    assert_same(agent, resumed)
+    assert take_steps(resumed, data, 10, seed=2) == take_steps(again, data, 10, seed=2)
+    assert_same(again, resumed)
 
 
 @pytest.mark.parametrize("idea", IDEAS)
-def test_traced_idea(idea, monkeypatch, capsys):
+def test_traced_idea(idea, monkeypatch):
     """What the compiler traces of it, without machine code, takes the steps of the eager one."""
     compile_with = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph, options: compile_with(f, backend="aot_eager")
     )
-    _, history = hundred_steps(idea, compiled=True)
-    _, eager = hundred_steps(idea)
-    for traced_row, row in zip(history, eager, strict=True):
+    agent, data = make(idea)
+    agent.meter.start_helper(data)
+    agent.compile_losses(data)
+    assert "losses" in vars(agent)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        history = take_steps(agent, data, 100)
+    for traced_row, row in zip(history, eager_run(idea)[1], strict=True):
         assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("idea", "is_helped"), [(CIQL, True), (SampledGaps, False)])
+def test_helper_measures_gaps_that_draw_nothing(idea, is_helped):
+    """Else it were chance who draws first. The trial takes no random number from training."""
+    agent, data = make(idea)
+    before = torch.get_rng_state()
+    agent.meter.start_helper(data)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert bool(agent.meter.helper) == is_helped

@@ -1,9 +1,8 @@
 """Every command line of the READMEs works, at small size; tables and names are the code's."""
 
-import concurrent.futures
+# ruff: noqa: S102  (the examples are run)
 import dataclasses
 import importlib.util
-import os
 import re
 import shlex
 import shutil
@@ -13,26 +12,25 @@ import tomllib
 import types
 from pathlib import Path
 
+import make_bullet_dataset
 import numpy as np
-import PIL.Image
 import pytest
 import tyro
-from conftest import ROOT, hopper_file, lab_config
+from conftest import ROOT, flags, hopper_file
 
-sys.path[:0] = [str(ROOT / "study"), str(ROOT / "data")]
-import ciql_pybullet
+import ciql_pybullet as ciql
 import study
-from ciql_pybullet import CIQL, Config, load_checkpoint, read_dataset, train
 
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-OTHERS = [
-    (ROOT / folder / "README.md").read_text() for folder in ("data", "study", "study/results")
-]
+OTHERS = [(ROOT / name / "README.md").read_text() for name in ("data", "study", "study/results")]
 
 
-def python_of(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def python_of(text, words):
+    """The Python example of a text that has these words."""
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (example,) = [example for example in examples if words in example]
+    return example
 
 
 def commands_of(text):
@@ -42,106 +40,59 @@ def commands_of(text):
     return [re.sub(r" +#.*", "", command) for command in commands]
 
 
-COMMANDS = commands_of(README)
-SMALL = "--device cpu --no-compile --max-steps 4 --log-interval 2 --eval-episodes 1"
+SMALL = {"device": "cpu", "compile": False, "max_steps": 4, "log_interval": 2, "eval_episodes": 1}
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with a finished run, a data set in the cache and one of the user's own."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "cache").mkdir()
-    hopper_file(folder / "cache" / "hopper-bullet-mixed-v0.hdf5")
-    hopper_file(folder / "my.hdf5")
-    own = {
-        "D4RL_DATASET_DIR": str(folder / "cache"),
-        "WANDB_MODE": "offline",
-        "HOME": str(folder),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment = os.environ | own  # a thread each, as two run at a time
-
-    def run(command):
-        return subprocess.run(
-            shlex.split(command),
-            check=False,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=100,
-        )
-
-    flags = f"--dataset hopper-bullet-mixed-v0 {SMALL} --name RUN"
-    first = run(f"{sys.executable} {ROOT}/ciql_pybullet.py {flags}")
-    assert first.returncode == 0, first.stderr
-    run.folder = folder
-    return run
-
-
-def in_small(command):
-    """The same command line at small size, run from the clone."""
-    command = command.split(" && ")[-1]
-    if command.startswith("tensorboard"):
-        flags = command.removeprefix("tensorboard ")
-        return f"{sys.executable} -m tensorboard.main {flags} --inspect"
-    if "-m pytest" in command:
-        return f"{command.replace('python', sys.executable, 1)} --help"
-    command = command.replace("python ", f"{sys.executable} {ROOT}/", 1)
-    command = re.sub(r" --max-steps \d+", "", command)
-    if "--evaluate" in command:
-        return command
-    return f"{command} --max-steps 6" if "--resume" in command else f"{command} {SMALL}"
-
-
-@pytest.fixture(scope="module")
-def results(workplace):
-    """What each command line gave; two run at a time."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(COMMANDS, pool.map(workplace, map(in_small, COMMANDS)), strict=True))
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, no_network):
+    """This folder has a finished run, a data set in the cache and one of the user's own."""
+    (tmp_path / "cache").mkdir()
+    hopper_file(tmp_path / "cache" / "hopper-bullet-mixed-v0.hdf5")
+    hopper_file(tmp_path / "my.hdf5")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ciql.train(ciql.Config(dataset="hopper-bullet-mixed-v0", name="RUN", **SMALL))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(results, command):
-    result = results[command]
-    if "--wandb-project" in command and not importlib.util.find_spec("wandb"):
-        assert result.returncode == 2 and "pip install wandb" in result.stderr
-        return
-    assert result.returncode == 0, result.stderr
-    assert result.stdout
-    for name in re.findall(r"-r (\S+)", command):  # .ci/run installs with them
-        assert (ROOT / name).is_file()
+@pytest.mark.parametrize("line", commands_of(README))
+def test_command(workplace, succeeds, line):
+    assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", line))
+    program, *arguments = shlex.split(line.split(" && ")[-1].removeprefix("python "))
+    if program == "tensorboard":
+        assert list(Path(arguments[-1]).glob("*/events.*"))
+    elif program == "-m":
+        assert arguments == ["pytest", "tests"]
+    else:
+        assert program == "ciql_pybullet.py"
+        if "--resume" in arguments:
+            arguments[-1] = "6"  # steps
+        elif "--evaluate" not in arguments:
+            arguments += flags(**SMALL)
+        assert succeeds(*arguments)
 
 
 @pytest.mark.slow
-def test_what_commands_leave(results, workplace):
+def test_what_a_run_leaves(workplace, succeeds):
     """A film, a policy for the Python example, and columns that the reference explains."""
-    assert len(COMMANDS) >= 10 and any("--film" in command for command in COMMANDS)
-    folder = workplace.folder / "runs" / "RUN"
-    with PIL.Image.open(folder / "policy.gif") as image:
-        assert image.format == "GIF" and image.n_frames > 1 and image.size == (320, 240)
-    assert os.path.getsize(folder / "policy.gif") < 3e6
-    for column in (folder / "metrics.csv").read_text().splitlines()[0].split(","):
-        assert f"`{column}`" in REFERENCE or column == "step", column
-    (code,) = [code for code in python_of(REFERENCE) if "load_policy" in code]
-    code = "import numpy; observation = numpy.zeros(15)\n" + code + "assert action.shape == (3,)\n"
-    result = workplace(f"env PYTHONPATH={ROOT} {sys.executable} -c {shlex.quote(code)}")
-    assert result.returncode == 0, result.stderr
+    succeeds("--evaluate", "runs/RUN", "--film")
+    assert 1000 < Path("runs/RUN/policy.gif").stat().st_size < 3e6
+    columns = Path("runs/RUN/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {f"`{column}`" for column in columns} - {"`step`"} <= set(re.findall("`.*?`", REFERENCE))
+    names = {"observation": np.zeros(15)}
+    exec(python_of(REFERENCE, "load_policy"), names)
+    assert names["action"].shape == (3,)
 
 
-def test_recording_a_file(tmp_path, monkeypatch, capsys):
+def test_recording_a_file(capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
-    (record,) = [code for code in python_of(README) if "my.hdf5" in code]
-    (look,) = [code for code in python_of(REFERENCE) if "fall" in code]
-    monkeypatch.chdir(tmp_path)
-    seeded = record.replace("env.reset()", "env.action_space.seed(0)\nenv.reset()", 1)
-    exec(seeded, {})  # noqa: S102
-    dataset = read_dataset("my.hdf5")
+    seeded = "env.action_space.seed(0)\nenv.reset()"
+    exec(python_of(README, "my.hdf5").replace("env.reset()", seeded, 1), {})
+    dataset = ciql.read_dataset("my.hdf5")
     assert dataset.layout == "D4RL's layout" and len(dataset.lengths) == 10
     assert dataset.terminated.all()
     capsys.readouterr()
-    exec(look, {})  # noqa: S102
+    exec(python_of(REFERENCE, "fall"), {})
     shown = [float(number) for number in re.findall(r"-?\d+\.\d*", capsys.readouterr().out)]
     end = dataset.lengths[0] - 1
     assert np.allclose(shown, dataset.transitions.rewards[end - 2 : end + 3], atol=1e-3)
@@ -150,25 +101,25 @@ def test_recording_a_file(tmp_path, monkeypatch, capsys):
 
 def test_minari(monkeypatch):
     """The example, on an object with the two attributes of a Minari data set that it uses."""
-    (code,) = [code for code in python_of(REFERENCE) if "minari" in code]
     episode = types.SimpleNamespace(
         observations=np.arange(8.0).reshape(4, 2),
         actions=np.zeros((3, 1)),
         rewards=np.arange(3.0),
         terminations=np.array([False, False, True]),
     )
-    spec = types.SimpleNamespace(env_spec=types.SimpleNamespace(id="Mine-v0"))
-    dataset = types.SimpleNamespace(iterate_episodes=lambda: iter([episode] * 2), spec=spec)
+    dataset = types.SimpleNamespace(
+        iterate_episodes=lambda: iter([episode] * 2),
+        spec=types.SimpleNamespace(env_spec=types.SimpleNamespace(id="Mine-v0")),
+    )
     minari = types.SimpleNamespace(load_dataset=lambda name: dataset)
     monkeypatch.setitem(sys.modules, "minari", minari)
     given = []
-    monkeypatch.setattr(ciql_pybullet, "train", lambda config, data: given.extend((config, data)))
-    exec(code, {})  # noqa: S102
-    config, data = given
-    assert config.env_id == "Mine-v0"
+    monkeypatch.setattr(ciql, "train", lambda config, data: given.extend((config.env_id, data)))
+    exec(python_of(REFERENCE, "minari"), {})
+    env_id, data = given
+    assert env_id == "Mine-v0" and data.terminations.tolist() == [0, 0, 1] * 2
     assert data.observations.tolist() == [[0, 1], [2, 3], [4, 5]] * 2
     assert data.next_observations.tolist() == [[2, 3], [4, 5], [6, 7]] * 2
-    assert data.terminations.tolist() == [0, 0, 1] * 2
 
 
 def patched(diff):
@@ -184,50 +135,31 @@ def patched(diff):
 
 
 @pytest.mark.slow
-def test_examples_of_how_to_change_it(workplace, tmp_path):
-    """A loss term with a column, another policy, a setting of one's own: each in a copy."""
-    diffs = zip(
-        ("term", "policy", "setting"),
-        re.findall(r"```diff\n(.*?)```", README, re.DOTALL),
-        strict=True,
-    )
-    for name, diff in diffs:
-        script = tmp_path / f"{name}.py"
-        script.write_text(patched(diff))
-        flags = f"--dataset hopper-bullet-mixed-v0 {SMALL} --out-dir {tmp_path / name}"
-        if name == "setting":
-            flags += " --reward-scale 0.5"
-        result = workplace(f"{sys.executable} {script} {flags}")
-        assert result.returncode == 0, result.stderr
-        (folder,) = (tmp_path / name).iterdir()
-        again = workplace(f"{sys.executable} {script} --evaluate {folder}")
-        assert again.returncode == 0, again.stderr
-        evaluations = [re.findall(r"return .*", run.stdout)[-1] for run in (result, again)]
-        assert evaluations[0] == evaluations[1]
-        columns = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
-        assert ("effort" in columns) == (name == "term")
-        assert ("reward_scale0.5" in folder.name) == (name == "setting")
-        if name == "policy":
-            refused = workplace(f"{sys.executable} {ROOT}/ciql_pybullet.py --evaluate {folder}")
-            assert refused.returncode == 2 and "LaplacePolicy" in refused.stderr
-
-
-def test_example_of_an_agent(lab, no_pictures, monkeypatch):
-    (code,) = [code for code in python_of(README) if "(CIQL)" in code]
-    runs = []
-
-    def train_small(config, make_agent):
-        runs.append(train(lab_config(), make_agent=make_agent)[0])
-
-    monkeypatch.setattr(ciql_pybullet, "train", train_small)
-    exec(code, {})  # noqa: S102
-    rows = load_checkpoint(runs[0])["rows"]
-    losses = [row["model_loss"] for row in rows if "model_loss" in row]
-    assert losses[-1] < losses[0]
+@pytest.mark.parametrize(("number", "name"), [(0, "term"), (1, "policy"), (2, "setting")])
+def test_example_of_how_to_change_it(workplace, monkeypatch, succeeds, fails, number, name):
+    """A loss term with a column, another policy, a setting of one's own: in a copy."""
+    Path("copy.py").write_text(patched(re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number]))
+    spec = importlib.util.spec_from_file_location("changed", "copy.py")
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "changed", copy)
+    spec.loader.exec_module(copy)
+    own = {"reward_scale": 0.5} if name == "setting" else {}
+    arguments = flags(dataset="hopper-bullet-mixed-v0", out_dir="own", **SMALL, **own)
+    trained = succeeds(*arguments, main=copy.main)
+    (folder,) = Path("own").iterdir()
+    again = succeeds("--evaluate", folder, main=copy.main)
+    assert re.findall(r"return .*", again) == re.findall(r"return .* episodes .*", trained)
+    columns = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert ("effort" in columns) == (name == "term")
+    assert ("reward_scale0.5" in folder.name) == (name == "setting")
+    if name == "policy":
+        fails("--evaluate", folder, named="holds a LaplacePolicy, but make_policy makes a Gaussian")
+        policy = ciql.load_policy(folder, copy.make_policy)
+        assert np.abs(policy.act(np.zeros(15))).max() <= 1
 
 
 def test_settings_table():
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(ciql.Config)}
     rows = re.findall(r"^\| `(\w+)` \| ([\d.,e-]+) \|", REFERENCE, re.MULTILINE)
     assert len(rows) >= 10
     for name, value in rows:
@@ -245,83 +177,75 @@ def test_inline_dependencies_are_the_requirements():
 
 
 def test_names_and_files_in_the_readmes_exist():
-    for name in re.findall(r"`([a-z_]+|CIQL|Config)`", README):
-        fields = {field.name for field in dataclasses.fields(Config)}
-        names = {*vars(ciql_pybullet), *vars(CIQL), *fields}
-        assert name in names, name
+    settings = {field.name for field in dataclasses.fields(ciql.Config)}
+    names = {*vars(ciql), *vars(ciql.CIQL), *settings}
+    assert set(re.findall(r"`([a-z_]+|CIQL|Config)`", README)) <= names
     for folder, text in (("", README), ("docs", REFERENCE)):
         for link in re.findall(r"\]\(([^):#]+)[)#]", text):
             assert (ROOT / folder / link).exists(), link
 
 
-def test_commands_of_the_other_readmes():
+OTHER_COMMANDS = [line.split(" && ")[-1] for text in OTHERS for line in commands_of(text)]
+
+
+@pytest.mark.parametrize("command", OTHER_COMMANDS)
+def test_command_of_another_readme(command):
     """They take minutes to days, so they are parsed, not run; other tests run such commands."""
-    commands = [command.split(" && ")[-1] for text in OTHERS for command in commands_of(text)]
-    assert sum("study.py" in command for command in commands) >= 4
-    for command in commands:
-        program, *arguments = shlex.split(command)[1:]
-        if program == "study/study.py":
-            own, runs = study.parse(arguments)
-            assert runs
-            folder = Path(own.summarize or "runs")
-            assert folder.parts[0] == "runs" or (ROOT / folder).is_dir()
-        elif program == "data/make_bullet_dataset.py":
-            assert set(re.findall(r"\S+-v0", command)) <= set(ciql_pybullet.DATASETS)
-        elif program == "install":
-            assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", command))
-        else:
-            raise AssertionError(command)
+    program, *arguments = shlex.split(command)[1:]
+    if program == "study/study.py":
+        own, runs = study.parse(arguments)
+        folder = Path(own.summarize or "runs")
+        assert runs and (folder.parts[0] == "runs" or (ROOT / folder).is_dir())
+    elif program == "data/make_bullet_dataset.py":
+        assert set(re.findall(r"\S+-v0", command)) <= set(ciql.DATASETS)
+    else:
+        assert program == "install"
+        assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", command))
 
 
 def test_results_are_redrawn_from_their_csvs(tmp_path, capsys):
     """And the figures that the READMEs show are what is printed."""
     shutil.copytree(ROOT / "study" / "results", tmp_path / "results")
-    folders = [path.parent for path in (tmp_path / "results").glob("*/summary.csv")]
-    assert folders
-    for folder in folders:
-        for picture in folder.glob("*.png"):
+    for summary in list((tmp_path / "results").glob("*/summary.csv")):
+        for picture in summary.parent.glob("*.png"):
             picture.unlink()
-        study.summarize(folder)
-        assert len(list(folder.glob("*.png"))) == 2
-    for command in (command for text in OTHERS for command in commands_of(text)):
+        study.summarize(summary.parent)
+        assert len(list(summary.parent.glob("*.png"))) == 2
+    for command in OTHER_COMMANDS:
         if "--summarize study/results" in command and "--baseline" in command:
             own, _ = study.parse(shlex.split(command)[2:])
             study.summarize(tmp_path / "results" / Path(own.summarize).name, own.baseline)
     printed = " ".join(capsys.readouterr().out.split())
-    interval = r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]"
     for text in (README, OTHERS[2]):
-        cells = re.findall(interval, text)
+        cells = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", text)
         assert len(cells) >= 5
-        for cell in cells:
-            assert cell in printed, cell
+        assert [cell for cell in cells if cell not in printed] == []
+
+
+RECORD = ["--level", "-1000", "--window", "4", "--rows", "150", "--out", "sets", "--id"]
+KINDS = [f"hopper-bullet-{kind}-v0" for kind in ("random", "medium", "mixed")]
 
 
 @pytest.mark.slow
 def test_data_program(tmp_path, fails):
     """It writes files that are read as what was played: a fall of Hopper is a termination."""
-    import make_bullet_dataset
-
-    ids = [f"hopper-bullet-{kind}-v0" for kind in ("random", "medium", "mixed")]
-    common = ["--level", "-1000", "--window", "4", "--rows", "150", "--out", "sets", "--id"]
-    program = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *common, *ids]
+    program = [sys.executable, ROOT / "data" / "make_bullet_dataset.py", *RECORD, *KINDS]
     result = subprocess.run(program, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "sets").iterdir())) == 3
-    main = lambda: make_bullet_dataset.main(tyro.cli(make_bullet_dataset.Recipe))
-    for wrong, cause in (
-        ([ids[1]], "is there already"),
-        (["hopper-medium"], "id is"),
-        ([ids[0], "ant-bullet-mixed-v0"], "id is"),
-        (["ant-bullet-mixed-v0", "--window", "0"], "window"),
-    ):
-        fails(*common, *wrong, named=cause, main=main)
-    for kind in ("random", "medium", "mixed"):
-        t = read_dataset(tmp_path / "sets" / f"hopper-bullet-{kind}-v0.hdf5").transitions
+    for kind in KINDS:
+        dataset = ciql.read_dataset(tmp_path / "sets" / f"{kind}.hdf5")
+        t = dataset.transitions
         assert t.observations.shape[1] == 15 and t.actions.abs().max() <= 1
-        assert t.terminations.sum() >= 1
+        assert t.terminations.sum() >= 1 and len(t.rewards) <= 150
         # a transition's reward is for moving on: never the 0 beside an episode's first observation
         assert (t.rewards != 0).all()
-        assert len(t.rewards) <= 150
-    mixed = read_dataset(tmp_path / "sets" / "hopper-bullet-mixed-v0.hdf5")
-    assert len(mixed.returns) == 4
-    assert f"stopped at {mixed.returns.mean():.1f} over 4 episodes" in mixed.source
+    assert len(dataset.returns) == 4
+    assert f"stopped at {dataset.returns.mean():.1f} over 4 episodes" in dataset.source
+    main = lambda: make_bullet_dataset.main(tyro.cli(make_bullet_dataset.Recipe))
+    for wrong, cause in (
+        (KINDS[:1], "is there already"),
+        (["hopper-medium"], "id is"),
+        ([KINDS[0], "ant-bullet-mixed-v0"], "id is"),
+        (["ant-bullet-mixed-v0", "--window", "0"], "window"),
+    ):
+        fails(*RECORD, *wrong, named=cause, main=main)
