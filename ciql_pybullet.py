@@ -644,6 +644,7 @@ class CIQL(nn.Module):
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
             return
         finally:
+            vars(self).clear()
             vars(self).update(attributes)
             self.load_state_dict(before)
             self.zero_grad()
