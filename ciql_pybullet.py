@@ -179,6 +179,8 @@ class InputError(ValueError):
 
 def check(config: Config) -> None:
     """Raise InputError for a setting of the wrong type or out of its range."""
+    if type(config) is not Config:
+        raise InputError(f"config is a {type(config).__name__}; add settings to Config itself")
     for name, kind in typing.get_type_hints(Config).items():
         value = getattr(config, name)
         try:
@@ -341,7 +343,7 @@ class GaussianPolicy(nn.Module):
         """The mean action (action_dim,), in [-1, 1], for one observation (observation_dim,)."""
         x = torch.as_tensor(observation, dtype=torch.float32, device=self.observation_mean.device)
         x = (x - self.observation_mean) / self.observation_std
-        return self(x).cpu().numpy()
+        return self(x[None])[0].cpu().numpy()
 
 
 def make_policy(observation_dim: int, action_dim: int, config: Config) -> GaussianPolicy:
@@ -408,19 +410,14 @@ def find_device(name: str) -> torch.device:
 
 @torch.no_grad()
 def move_towards(target: nn.Module, latest: nn.Module, share: float) -> None:
-    """Move the parameters of ``target`` by ``share`` of their way to those of ``latest``."""
+    """Move the parameters of ``target`` by ``share`` of their way to those of ``latest``.
+
+    1 is all of it. Buffers, such as running statistics, are copied.
+    """
     for parameter, goal in zip(target.parameters(), latest.parameters(), strict=True):
         parameter.lerp_(goal, share)
-
-
-@torch.no_grad()
-def copy_into(target: nn.Module, latest: nn.Module) -> None:
-    """Give ``target`` the parameters and buffers of ``latest``, faster than by a state dict."""
-    tensors = itertools.chain(target.parameters(), target.buffers())
-    for tensor, goal in zip(
-        tensors, itertools.chain(latest.parameters(), latest.buffers()), strict=True
-    ):
-        tensor.copy_(goal)
+    for buffer, statistics in zip(target.buffers(), latest.buffers(), strict=True):
+        buffer.copy_(statistics)
 
 
 class CIQL(nn.Module):
@@ -616,7 +613,8 @@ class CIQL(nn.Module):
     def compile_losses(self, data: Transitions) -> None:
         """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
 
-        Attributes, networks and random state are put back after the example that this takes.
+        Attributes, networks and random state are put back after the example that this takes (but
+        not a plain tensor that was changed in place: state belongs in buffers).
         """
         batch, negative_actions = self.example(data)
         how: dict[str, Any] = {"mode": "reduce-overhead"}  # CUDA: kernels are started together
@@ -698,7 +696,7 @@ class GapMeter:
 
     def start(self, batch: Transitions, negative_actions: Tensor) -> None:
         """Measure the gaps of the agent's critic as it is now; in the helper, if there is one."""
-        copy_into(self.critic, self.agent.critic)
+        move_towards(self.critic, self.agent.critic, share=1)
         if self.helper:
             self.pending = self.helper.submit(self.measure, batch, negative_actions)
         else:
@@ -990,9 +988,9 @@ def as_float32(data: Transitions) -> Transitions:
     columns = {}
     for key, column in data._asdict().items():
         if isinstance(column, Tensor):
-            column = column.detach().cpu()
+            column = column.detach().cpu().float().numpy()
         try:
-            columns[key] = torch.from_numpy(np.ascontiguousarray(column, np.float32))
+            columns[key] = torch.from_numpy(np.array(column, np.float32))
         except (TypeError, ValueError) as error:
             raise InputError(f"data: {key} is no array of numbers: {error}") from error
     return Transitions(**columns)
@@ -1311,6 +1309,8 @@ def play_episode(
                 if frames is not None and t < 600 and t % 3 == 0:  # 20 of the 60 in a second
                     frames.append(picture(env))
                 observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
+                if not np.isfinite(observation).all():
+                    raise ValueError(f"step {t + 1} gives {observation}")
                 total += float(reward)
                 if terminated or truncated or stop:
                     break
@@ -1318,6 +1318,11 @@ def play_episode(
         cause = "".join(traceback.format_exception_only(error)).strip()
         raise RuntimeError(f"an episode of {env_id}, seed {seed}, failed: {cause}") from error
     return total
+
+
+def actor_of(policy: nn.Module) -> Any:
+    """A copy of the policy, on the CPU and in evaluation mode, to play with."""
+    return copy.deepcopy(policy).cpu().eval()
 
 
 def evaluate(
@@ -1329,7 +1334,7 @@ def evaluate(
     ``stop`` ends them at once; the row is empty then.
     """
     env_id = environment_id(config)
-    actor = copy.deepcopy(policy).cpu().eval()
+    actor = actor_of(policy)
     seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.eval_episodes)
     episodes = []
     for seed in seeds.tolist():
@@ -1357,7 +1362,7 @@ def evaluate(
 def film(path: Path, policy: nn.Module, config: Config) -> None:
     """Write a GIF of the first ten seconds of an episode."""
     frames: list[Any] = []
-    actor = copy.deepcopy(policy).cpu().eval()
+    actor = actor_of(policy)
     play_episode(actor, environment_id(config), config.seed, frames=frames)
     gif = io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
@@ -1403,9 +1408,11 @@ class History:
     def add(self, metrics: Metrics) -> None:
         """Add the metrics of a step; this does not wait for the device. Raises InputError."""
         for name, figure in metrics.items():
-            value = torch.as_tensor(figure).detach()
+            value = torch.as_tensor(figure).detach().float()  # others round, or overflow, in a sum
             if value.ndim:
                 raise InputError(f"the metric {name} is of shape {tuple(value.shape)}; average it")
+            if name in ("step", "steps_per_second", "score") or name.startswith("return_"):
+                raise InputError(f"a metric is named {name}, as a column of metrics.csv; rename it")
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -1907,13 +1914,7 @@ METRICS_ORDER = (
 
 
 def log_losses(log: Log, history: History, step: int, steps_per_second: float) -> None:
-    """Write and print the means of the metrics since the last line.
-
-    Raises InputError for a metric with the name of another column.
-    """
-    for name in history.sums:
-        if name in ("step", "steps_per_second", "score") or name.startswith("return_"):
-            raise InputError(f"a metric is named {name}, as a column of metrics.csv; rename it")
+    """Write and print the means of the metrics since the last line."""
     means = history.take_means()
     ordered = {name: means.pop(name) for name in METRICS_ORDER if name in means} | means
     log.write({"step": step, **ordered, "steps_per_second": steps_per_second})
@@ -1995,6 +1996,8 @@ def train(
         agent = make_agent(env.observation_space.shape[0], env.action_space.shape[0], config)
         prepared = agent.prepare(dataset.transitions)
         agent.check_optimizers()
+        with torch.random.fork_rng([]):  # a policy that cannot act shall not be trained first
+            actor_of(agent.evaluated_policy()).act(dataset.transitions.observations[0].numpy())
         history = History()
         if checkpoint:
             history = restore(checkpoint, config, dataset, checksum, agent)

@@ -29,7 +29,10 @@ class SmallTargets(ciql.CIQL):
 
 
 class AveragedPolicy(ciql.CIQL):
-    """Evaluations play a mean of the policy's weights over about the last 1,000 steps."""
+    """Evaluations play a running mean of the policy's weights, over about 1,000 steps.
+
+    It begins with the weights before training, so it needs some thousand steps.
+    """
 
     def prepare(self, data: Transitions) -> Transitions:
         prepared = super().prepare(data)

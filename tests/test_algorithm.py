@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import refused
 
-from ciql_pybullet import CIQL, Config, Transitions, ValueNetwork
+from ciql_pybullet import CIQL, Config, Transitions, ValueNetwork, move_towards
 
 S = 5  # observation_dim
 A = 3  # action_dim
@@ -306,6 +306,18 @@ class Counting(CIQL):
     def losses(self, batch):
         self.seen = self.seen + 1
         return super().losses(batch)
+
+
+def test_move_towards():
+    """Parameters by their share, running statistics whole."""
+    target = torch.nn.BatchNorm1d(2)
+    latest = torch.nn.BatchNorm1d(2)
+    latest.weight.data += 1
+    latest(torch.randn(8, 2) + 5)
+    move_towards(target, latest, share=0.25)
+    assert target.weight.tolist() == [1.25, 1.25]
+    for name, buffer in target.named_buffers():
+        assert torch.equal(buffer, latest.get_buffer(name)), name
 
 
 @pytest.mark.slow

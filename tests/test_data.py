@@ -336,6 +336,7 @@ def test_own_transitions_may_be_of_any_kind():
         ciql.Transitions(*(column.astype(">f8") for column in arrays)),
         arrays._replace(
             observations=arrays.observations[::-1].copy()[::-1],
+            actions=np.frombuffer(arrays.actions.tobytes(), np.float32).reshape(6, 3),  # read-only
             rewards=arrays.rewards.tolist(),
             terminations=arrays.terminations.astype(bool),
         ),

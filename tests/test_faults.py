@@ -50,6 +50,16 @@ def test_bad_setting(settings, named):
         ciql.check(ciql.Config(**settings))
 
 
+def test_settings_of_a_subclass():
+    """They would be no flags, and a resumed run would not know them."""
+
+    class Mine(ciql.Config):
+        pass
+
+    with refused("config is a Mine; add settings to Config itself"):
+        ciql.check(Mine())
+
+
 def test_train_does_not_play():
     with refused("evaluate is set, but train plays nothing"):
         ciql.train(ciql.Config(evaluate="runs/run"))
@@ -328,6 +338,21 @@ def test_environment_that_fails_later(misbehave, command, deed):
     _, curve = ciql.train(lab_config(name="run"))
     _, whole = ciql.train(lab_config(name="whole"))
     assert np.array_equal(curve.returns, whole.returns)
+
+
+def test_observations_that_are_not_finite(lab, monkeypatch):
+    """A policy acts on them as on any other, and the return would look like one."""
+    environment = importlib.import_module("lab").Lab
+    step = environment.step
+
+    def blind(self, action):
+        _, *rest = step(self, action)
+        return np.full(3, np.nan, np.float32), *rest
+
+    ciql.train(lab_config(name="run", max_steps=20))
+    monkeypatch.setattr(environment, "step", blind)
+    with pytest.raises(RuntimeError, match="failed: ValueError: step 1 gives"):
+        ciql.evaluate(ciql.load_policy("runs/run"), lab_config(), step=20)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -224,6 +224,14 @@ def test_policy_that_samples(lab, monkeypatch):
     assert saved(one, "policy") == saved(usual, "policy")
 
 
+def test_policy_that_cannot_act(lab, monkeypatch):
+    """It is found before training; what it raises is the user's own."""
+    monkeypatch.setattr(ciql.GaussianPolicy, "act", lambda policy, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ciql.train(lab_config(name="run"))
+    assert not (lab / "runs").exists()
+
+
 class Figures(ciql.CIQL):
     """A number, a figure of every second step, and one of a name and shape that tests set."""
 
@@ -233,6 +241,7 @@ class Figures(ciql.CIQL):
         loss, figures = super().losses(batch)
         name, shape = self.own
         figures |= {"number": 0.5, name: figures["v"].expand(shape)}
+        figures["small"] = torch.tensor(200, dtype=torch.uint8)  # whose sum is no uint8
         if self.steps % 2:
             figures["sometimes"] = torch.tensor(7.0)
         return loss, figures
@@ -253,6 +262,7 @@ def test_figures_are_means_of_the_steps_that_reported_them(lab):
     folder, _ = ciql.train(lab_config(), make_agent=Figures)
     row = ciql.load_checkpoint(folder)["rows"][0]
     assert (row["number"], row["sometimes"], row["mine"]) == (0.5, 7, row["v"])
+    assert row["small"] == 200
 
 
 @pytest.mark.parametrize(
@@ -267,6 +277,7 @@ def test_figures_that_are_refused(lab, monkeypatch, name, shape, cause):
     monkeypatch.setattr(Figures, "own", (name, shape))
     with refused(cause):
         ciql.train(lab_config(), make_agent=Figures)
+    assert not list((lab / "runs").iterdir())  # at the first step
 
 
 def test_wandb_has_the_rows_of_metrics_csv(lab, monkeypatch):
