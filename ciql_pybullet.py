@@ -2096,7 +2096,7 @@ def parse(arguments: Sequence[str]) -> Config:
     config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py")
     run = config.resume or config.evaluate
     if run and not (config.resume and config.evaluate):  # ``check`` refuses both
-        own = {"resume": config.resume, "evaluate": config.evaluate, "film": False, "name": ""}
+        own = {"resume": config.resume, "evaluate": config.evaluate, "film": False}
         saved = dataclasses.replace(load_checkpoint(run)["config"], **own)
         config = tyro.cli(Config, args=arguments, prog="ciql_pybullet.py", default=saved)
     check(config)

@@ -340,6 +340,7 @@ def test_environment_that_fails_later(misbehave, command, deed):
     assert np.array_equal(curve.returns, whole.returns)
 
 
+@pytest.mark.filterwarnings("ignore:.*not within the observation space:UserWarning")
 def test_observations_that_are_not_finite(lab, monkeypatch):
     """A policy acts on them as on any other, and the return would look like one."""
     environment = importlib.import_module("lab").Lab
