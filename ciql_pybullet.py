@@ -1289,6 +1289,7 @@ def play_episode(
 
     ``stop`` is the list that ``stop_signals`` fills meanwhile: a signal in it ends the episode.
     ``frames`` receives pictures of the first ten seconds.
+
     Raises RuntimeError for whatever the environment raises, SystemExit included: that would end a
     run as if it were complete.
     """
