@@ -49,6 +49,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import io
 import itertools
@@ -132,23 +133,23 @@ class Config:
 
 
 RANGES = {  # intervals as in mathematics: a round bracket leaves its end out
-    "max_episode_steps": ("[", 0, math.inf, ")"),
-    "seed": ("[", 0, 2**32, ")"),
-    "gamma": ("[", 0, 1, "]"),
-    "tau": ("(", 0, 1, ")"),
-    "beta": ("[", 0, math.inf, ")"),
-    "alpha": ("[", 0, math.inf, ")"),
-    "num_neg": ("[", 1, 2**31, ")"),
-    "polyak": ("(", 0, 1, "]"),
-    "max_weight": ("[", 1, math.inf, ")"),
-    "min_log_std": ("[", -20, 0, "]"),
-    "lr": ("(", 0, math.inf, ")"),
-    "batch_size": ("[", 1, 2**31, ")"),
-    "max_steps": ("[", 1, math.inf, ")"),
-    "log_interval": ("[", 1, math.inf, ")"),
-    "eval_interval": ("[", 1, math.inf, ")"),
-    "eval_episodes": ("[", 1, 2**20, ")"),
-    "threads": ("[", 0, 1024, "]"),
+    "max_episode_steps": "[0, inf)",
+    "seed": "[0, 4294967296)",
+    "gamma": "[0, 1]",
+    "tau": "(0, 1)",
+    "beta": "[0, inf)",
+    "alpha": "[0, inf)",
+    "num_neg": "[1, 1e9]",
+    "polyak": "(0, 1]",
+    "max_weight": "[1, inf)",
+    "min_log_std": "[-20, 0]",
+    "lr": "(0, inf)",
+    "batch_size": "[1, 1e9]",
+    "max_steps": "[1, inf)",
+    "log_interval": "[1, inf)",
+    "eval_interval": "[1, inf)",
+    "eval_episodes": "[1, 1e6]",
+    "threads": "[0, 1024]",
 }
 # All other settings appear in a run's name, and a NOTE tells when a resumed run changes them. So a
 # setting of your own is a line in Config, and nothing else is needed. (A name begins with the data
@@ -188,22 +189,20 @@ def check(config: Config) -> None:
             str(value).encode()
         except (typeguard.TypeCheckError, UnicodeEncodeError) as error:
             raise InputError(f"{name} is {value!r}, which cannot be: {error}") from error
-    for name, (start, low, high, end) in RANGES.items():
+    for name, interval in RANGES.items():
         value = getattr(config, name)
-        above = low < value if start == "(" else low <= value
-        below = value < high if end == ")" else value <= high
+        low, high = map(float, interval[1:-1].split(","))
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
         if not (above and below):
-            raise InputError(f"{name} is {value}, but must be in {start}{low}, {high}{end}")
+            raise InputError(f"{name} is {value}, but must be in {interval}")
     if not config.hidden_sizes or min(config.hidden_sizes) < 1:
         raise InputError(f"hidden_sizes is {config.hidden_sizes}, but must be positive numbers")
-    if config.resume and config.evaluate:
-        raise InputError("resume and evaluate are both set; give one of the two")
     if Path(config.name).name != config.name or config.name == "..":
         raise InputError(f"name is {config.name}, but must be one folder's name; see --out-dir")
-    if config.name and (config.resume or config.evaluate):
-        raise InputError(
-            f"name is {config.name}, but a run that is there has its own; leave it out"
-        )
+    given = [name for name in ("name", "resume", "evaluate") if getattr(config, name)]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are set, and each tells a run; give one of them")
     if config.evaluate:  # without a picture, and without W&B
         return
     plot = Path(config.plot)
@@ -236,10 +235,8 @@ def varied_words(config: Config) -> list[str]:
             words.append(name if value else f"no-{name}")
         elif isinstance(value, tuple):
             words.append(name + "x".join(map(str, value)))
-        elif isinstance(value, float):
-            words.append(f"{name}{value:g}")
         else:
-            words.append(f"{name}{value}")
+            words.append(f"{name}{value}".removesuffix(".0"))
     return [*words, f"seed{config.seed}"]
 
 
@@ -443,7 +440,7 @@ class CIQL(nn.Module):
         self.to(self.device)
         self.make_optimizer(self.policy, self.value, self.critic)
         self.steps = 0  # gradient steps taken
-        self.meter: GapMeter | None = None  # measures the gaps first; ``prepare`` makes it, on CPU
+        self.meter: GapMeter | None = None  # measures the gaps, on the CPU; made by ``accelerate``
 
     def make_critic(self) -> nn.Module:
         """The critic; its target is a copy. It may hold any number of Q."""
@@ -506,10 +503,13 @@ class CIQL(nn.Module):
 
         ``negative_actions`` are (B, num_neg, action_dim).
         """
-        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
-        q_neg = critic(s_neg, negative_actions.flatten(0, 1))
+        parts = 10 if self.on_cpu else 1  # a tenth of the work stays in the cache of a CPU's core
+        q_neg = []
+        for actions in negative_actions.chunk(parts, 1):
+            s = batch.observations.repeat_interleave(actions.shape[1], 0)
+            q_neg.append(critic(s, actions.flatten(0, 1)))
         q_data = critic(batch.observations, batch.actions)
-        return conservative_gap(q_neg, q_data)
+        return conservative_gap(torch.cat(q_neg, -1), q_data)
 
     def update(self, data: Transitions) -> Metrics:
         """One gradient step on a batch drawn from ``data``, which ``prepare`` made.
@@ -521,10 +521,10 @@ class CIQL(nn.Module):
         if not self.on_cpu:  # the CUDA graphs may overwrite what the last step returned
             torch.compiler.cudagraph_mark_step_begin()
         index = torch.randint(len(data.rewards), (c.batch_size,), device=self.device)
-        batch = Transitions(*(column[index] for column in data))
+        batch = Transitions(*(column.index_select(0, index) for column in data))
         if c.alpha > 0:
             size = (c.batch_size, c.num_neg, self.action_dim)
-            negative_actions = torch.rand(size, device=self.device) * 2 - 1
+            negative_actions = torch.empty(size, device=self.device).uniform_(-1, 1)
             if self.meter:
                 self.meter.start(batch, negative_actions)
 
@@ -579,8 +579,6 @@ class CIQL(nn.Module):
             observations=(data.observations - mean) / std,
             next_observations=(data.next_observations - mean) / std,
         )
-        if self.on_cpu:
-            self.meter = GapMeter(self)
         return Transitions(*(column.to(self.device) for column in normalised))
 
     def check_optimizers(self) -> None:
@@ -610,44 +608,44 @@ class CIQL(nn.Module):
         batch = Transitions(*(column[[0] * c.batch_size] for column in data))
         return batch, batch.actions.new_zeros(c.batch_size, c.num_neg, self.action_dim)
 
+    def gaps_draw(self, data: Transitions) -> bool:
+        """Do ``gaps`` draw random numbers, for dropout say?"""
+        with torch.random.fork_rng([]):
+            before = torch.get_rng_state()
+            self.gaps(self.critic, *self.example(data))
+            return not torch.equal(torch.get_rng_state(), before)
+
     def compile_losses(self, data: Transitions) -> None:
         """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
 
-        Attributes, networks and random state are put back after the example that this takes (but
-        not a plain tensor that was changed in place: state belongs in buffers).
+        An example is computed by a copy of the agent, so this changes nothing of it.
         """
         batch, negative_actions = self.example(data)
         how: dict[str, Any] = {"mode": "reduce-overhead"}  # CUDA: kernels are started together
         if self.on_cpu:
             how = {"options": {"cpp_wrapper": True}}  # no Python between the kernels
         torch.compiler.reset()  # an earlier run's graphs are no longer needed
-        losses = torch.compile(self.losses, fullgraph=True, **how)
-        gaps = torch.compile(self.gaps, fullgraph=True, **how)
-        before = copy.deepcopy(self.state_dict())
-        attributes = dict(vars(self))
+        losses = torch.compile(type(self).losses, fullgraph=True, **how)
+        gaps = torch.compile(type(self).gaps, fullgraph=True, **how)
         try:
+            trial = copy.deepcopy(self)
             with torch.random.fork_rng([] if self.on_cpu else [self.device]):
-                losses(batch)[0].backward()
-                self.steps += 1
+                losses(trial, batch)[0].backward()
+                trial.steps += 1
                 # Losses that read a number like self.steps would need a graph for every step.
                 with torch.compiler.set_stance("fail_on_recompile"):
-                    losses(batch)
-                if self.config.alpha > 0:
-                    gaps(self.critic, batch, negative_actions).sum().backward()
-                if self.config.alpha > 0 and self.meter:
+                    losses(trial, batch)
+                if self.config.alpha > 0 and self.on_cpu:  # the few backward passes run eagerly
                     with torch.no_grad():
-                        gaps(self.meter.critic, batch, negative_actions)
+                        gaps(trial, trial.critic, batch, negative_actions)
+                elif self.config.alpha > 0:
+                    gaps(trial, trial.critic, batch, negative_actions).sum().backward()
         except Exception as error:  # noqa: BLE001  (a bug in ``losses`` recurs in the first step)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"NOTE   the losses could not be compiled and run eagerly, slower: {reason}")
             return
-        finally:
-            vars(self).clear()
-            vars(self).update(attributes)
-            self.load_state_dict(before)
-            self.zero_grad()
-        self.losses = losses  # type: ignore[method-assign]
-        self.gaps = gaps  # type: ignore[method-assign]
+        self.losses = functools.partial(losses, self)  # type: ignore[method-assign]
+        self.gaps = functools.partial(gaps, self)  # type: ignore[method-assign]
 
     def training_state(self) -> dict[str, Any]:
         """What the next step depends on, besides the data and the random state."""
@@ -678,16 +676,20 @@ class CIQL(nn.Module):
 
 
 class GapMeter:
-    """Measures an agent's gaps on the CPU without gradient, to know whether the clamp is open.
+    """Measures an agent's gaps without gradient, to know whether the clamp is open.
 
-    It has a copy of the critic. Meanwhile ``losses`` may switch gradients of the agent's own off
-    and on, or call it with other weights.
+    It does so in a thread ``beside`` the losses, or before them. It has a copy of the critic:
+    meanwhile ``losses`` may switch gradients of the agent's own off and on, or call it with other
+    weights, and the agent's own running statistics stay as they are.
     """
 
-    def __init__(self, agent: CIQL) -> None:
+    def __init__(self, agent: CIQL, beside: bool) -> None:
         self.agent = agent
-        self.critic = copy.deepcopy(agent.critic).requires_grad_(False)
-        self.helper: concurrent.futures.Executor | None = None
+        self.critic = copy.deepcopy(agent.critic)
+        self.beside = beside
+        self.thread = concurrent.futures.ThreadPoolExecutor(
+            1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        )
 
     @torch.no_grad()
     def measure(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
@@ -695,38 +697,16 @@ class GapMeter:
         return self.agent.gaps(self.critic, batch, negative_actions)
 
     def start(self, batch: Transitions, negative_actions: Tensor) -> None:
-        """Measure the gaps of the agent's critic as it is now; in the helper, if there is one."""
+        """Measure the gaps of the agent's critic as it is now."""
         move_towards(self.critic, self.agent.critic, share=1)
-        if self.helper:
-            self.pending = self.helper.submit(self.measure, batch, negative_actions)
+        if self.beside:
+            self.pending = self.thread.submit(self.measure, batch, negative_actions)
         else:
             self.gaps = self.measure(batch, negative_actions)
 
     def result(self) -> Tensor:
         """The gaps that were measured last."""
-        return self.pending.result() if self.helper else self.gaps
-
-    def start_helper(self, data: Transitions) -> None:
-        """From now on measure in a thread of its own, beside the losses: half of the cores each.
-
-        Not if ``gaps`` draws random numbers: which thread drew first would be left to chance.
-        """
-        before = torch.get_rng_state()
-        self.measure(*self.agent.example(data))
-        draws = not torch.equal(torch.get_rng_state(), before)
-        torch.set_rng_state(before)
-        if not draws:
-            threads = max(1, torch.get_num_threads() // 2)
-            torch.set_num_threads(threads)
-            self.helper = concurrent.futures.ThreadPoolExecutor(
-                1, initializer=torch.set_num_threads, initargs=(threads,)
-            )
-
-    def stop_helper(self) -> None:
-        """End its thread."""
-        if self.helper:
-            self.helper.shutdown()
-            self.helper = None
+        return self.pending.result() if self.beside else self.gaps
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -787,40 +767,55 @@ class Dataset(NamedTuple):
     lengths: np.ndarray  # (E,), steps of each whole episode
     returns: np.ndarray  # (E,), undiscounted
     terminated: np.ndarray  # (E,), bool: did it truly end?
+    misplaced_ends: int  # rows whose mark and whose next observation disagree about an end
     rows: int  # of the file
     layout: str  # one of the three above
     source: str  # how it was re-collected, if it was, or ""
-    misplaced_ends: int = 0  # rows whose mark and whose next observation disagree about an end
 
 
-Columns = dict[str, np.ndarray]  # of a file, by their keys
-DIMENSIONS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
-OPTIONAL_DIMENSIONS = {"timeouts": 1, "next_observations": 2}
+Columns = dict[str, np.ndarray]  # by their keys in a file of D4RL's or d4rl-pybullet's
+COLUMNS = ("observations", "actions", "rewards", "terminals")
+OPTIONAL_COLUMNS = ("timeouts", "next_observations")
+
+
+def check_columns(columns: Columns, name: str) -> Columns:
+    """Columns of (N, dim) and (N,). Raises InputError, with ``name``, if they do not fit."""
+    fitting = {}
+    for key, column in columns.items():
+        dimensions = 2 if key.endswith(("observations", "actions")) else 1
+        if dimensions == 1 and column.shape[1:] == (1,):  # stored as (N, 1) or (N,)
+            column = column[:, 0]
+        rows = columns["observations"].shape[:1]
+        if column.ndim != dimensions or column.shape[:1] != rows:
+            expected = "(N,)" if dimensions == 1 else "(N, dim)"
+            raise InputError(
+                f"{name}: {key} of shape {column.shape} do not fit; they must be of {expected}, N"
+                " as for observations"
+            )
+        if not np.isfinite(column).all():
+            raise InputError(f"{name}: {key} holds NaN or infinite values; remove those episodes")
+        is_mark = key in ("terminals", "timeouts", "terminations")
+        if is_mark and not np.isin(column, (0, 1)).all():
+            raise InputError(f"{name}: {key} holds values other than 0 and 1; mark ends with 1")
+        fitting[key] = column
+    return fitting
 
 
 def read_columns(path: Path) -> tuple[Columns, str]:
-    """The columns of an HDF5 file, and how it was re-collected (or "").
-
-    Raises InputError for a file that cannot be read or does not fit the memory, and for columns
-    that do not fit together.
-    """
-    columns = {}
+    """The columns of an HDF5 file, and how it was re-collected (or ""). Raises InputError."""
     try:
         with h5py.File(path) as file:
-            keys = [*DIMENSIONS, *(key for key in OPTIONAL_DIMENSIONS if key in file)]
+            keys = [*COLUMNS, *(key for key in OPTIONAL_COLUMNS if key in file)]
             # The memory holds them three times: as read, as transitions, and normalised.
             needed = 3 * 4 * sum(file[key].size for key in keys)
             free = psutil.virtual_memory().available
             if needed > free:
+                rows = len(file["rewards"])
                 raise MemoryError(
-                    f"{len(file['rewards']):,} rows need {needed / 2**30:.2f} GiB of memory,"
-                    f" {free / 2**30:.2f} GiB are free"
+                    f"{rows:,} rows need {needed:,} bytes of memory, {free:,} are free"
                 )
-            for key in keys:
-                columns[key] = np.asarray(file[key], np.float32)
+            columns = {key: np.asarray(file[key], np.float32) for key in keys}
             source = str(file.attrs.get("source", ""))
-    except MemoryError as error:
-        raise InputError(f"{path}: {error}; take a part of the file") from error
     except Exception as error:  # h5py raises anything for what is no such file
         cause: object = error
         if isinstance(error, OSError) and error.errno:
@@ -829,30 +824,19 @@ def read_columns(path: Path) -> tuple[Columns, str]:
             f"{path}: cannot be read ({cause}); --dataset names a whole HDF5 file with"
             " observations, actions, rewards and terminals"
         ) from error
-
-    rows = columns["observations"].shape[:1]
-    for key, dimensions in (DIMENSIONS | OPTIONAL_DIMENSIONS).items():
-        if key not in columns:
-            continue
-        if dimensions == 1 and columns[key].shape[1:] == (1,):  # stored as (N, 1) or (N,)
-            columns[key] = columns[key][:, 0]
-        shape = columns[key].shape
-        if len(shape) != dimensions or shape[:1] != rows:
-            expected = "(N,)" if dimensions == 1 else "(N, dim)"
-            raise InputError(
-                f"{path}: {key} of shape {shape} do not fit; they must be of {expected}, N as for"
-                " observations"
-            )
-    for key in ("terminals", "timeouts"):
-        if key in columns and not np.isin(columns[key], (0, 1)).all():
-            raise InputError(f"{path}: '{key}' holds values other than 0 and 1; mark ends with 1")
-    written = np.flatnonzero(
-        columns["observations"].any(1) | columns["actions"].any(1) | (columns["rewards"] != 0)
-    )
-    unwritten = rows[0] - 1 - written.max(initial=-1)
+    columns = check_columns(columns, str(path))
+    is_written = columns["observations"].any(1) | columns["actions"].any(1)
+    is_written |= columns["rewards"] != 0
+    unwritten = len(is_written) - 1 - np.flatnonzero(is_written).max(initial=-1)
     if unwritten > 1:  # a single row may be of a robot at rest
         raise InputError(f"{path}: the last {unwritten:,} rows are all zero; cut them off")
     return columns, source
+
+
+def follows(columns: Columns) -> np.ndarray:
+    """(N,), bool: does the next row begin with the ``next_observations`` of this one?"""
+    successors = columns["next_observations"]
+    return np.append((successors[:-1] == columns["observations"][1:]).all(1), False)
 
 
 def transitions_of(columns: Columns) -> Transitions:
@@ -926,11 +910,37 @@ def as_d4rl(path: Path, columns: Columns, max_episode_steps: int) -> Columns:
     }
 
 
-def returns_of(rewards: np.ndarray, is_end: np.ndarray) -> np.ndarray:
-    """Undiscounted returns (E,) of the episodes that end where ``is_end`` (N,): rewards (N,)."""
-    with np.errstate(invalid="ignore"):  # infinite rewards are refused later
-        total = np.cumsum(rewards, dtype=np.float64)[is_end]
-        return np.diff(total, prepend=0.0)
+def make_dataset(
+    name: str, columns: Columns, rows: int, layout: str, source: str, max_episode_steps: float
+) -> Dataset:
+    """The transitions and the episodes in the columns of a file in D4RL's layout."""
+    is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
+    misplaced_ends = 0
+    if "next_observations" in columns and layout != D4RL_PYBULLET:
+        misplaced_ends = int((follows(columns) == is_end)[:-1].sum())
+    if np.count_nonzero(columns["timeouts"]) > len(is_end) / 2:  # rows in random order
+        is_end[:] = False
+    first = np.insert(np.flatnonzero(is_end) + 1, 0, 0)
+    lengths = np.diff(first, append=len(is_end))  # the last piece is incomplete or empty
+    longest = lengths.argmax()
+    if lengths[longest] > max_episode_steps:
+        raise InputError(
+            f"{name}: has an episode of {lengths[longest]:,} steps, from row"
+            f" {columns['row'][first[longest]]:,} on, but the time limit is {max_episode_steps:,};"
+            " set --max-episode-steps to that of the recording, or mark cuts in 'timeouts'"
+        )
+    totals = np.cumsum(columns["rewards"], dtype=np.float64)[is_end]
+    return Dataset(
+        name=name,
+        transitions=transitions_of(columns),
+        lengths=lengths[:-1],
+        returns=np.diff(totals, prepend=0.0),
+        terminated=columns["terminals"][is_end] == 1,
+        misplaced_ends=misplaced_ends,
+        rows=rows,
+        layout=layout,
+        source=source,
+    )
 
 
 def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
@@ -953,36 +963,14 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
     else:
         layout = D4RL_PYBULLET
         columns = as_d4rl(path, columns, max_episode_steps)
-
-    is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
-    misplaced_ends = 0
-    if layout == D4RL and "next_observations" in columns:
-        goes_on = (columns["next_observations"][:-1] == columns["observations"][1:]).all(1)
-        misplaced_ends = int((goes_on == is_end[:-1]).sum())
-    first = np.insert(np.flatnonzero(is_end) + 1, 0, 0)
-    lengths = np.diff(first, append=len(is_end))  # the last piece is incomplete or empty
-    longest = lengths.argmax()
-    if lengths[longest] > max_episode_steps:
-        raise InputError(
-            f"{path}: has an episode of {lengths[longest]:,} steps, from row"
-            f" {columns['row'][first[longest]]:,} on, but the time limit is {max_episode_steps:,};"
-            " set --max-episode-steps to that of the recording, or mark cuts in 'timeouts'"
-        )
-    return Dataset(
-        name=str(path),
-        transitions=transitions_of(columns),
-        lengths=lengths[:-1],
-        returns=returns_of(columns["rewards"], is_end),
-        terminated=columns["terminals"][is_end] == 1,
-        rows=rows,
-        layout=layout,
-        source=source,
-        misplaced_ends=misplaced_ends,
-    )
+    return make_dataset(str(path), columns, rows, layout, source, max_episode_steps)
 
 
-def as_float32(data: Transitions) -> Transitions:
-    """The caller's transitions, arrays or tensors of any kind, as tensors. Raises InputError."""
+def dataset_of(data: Transitions) -> Dataset:
+    """The caller's transitions, arrays or tensors of any kind, with the episodes that they tell.
+
+    An episode is cut where the next row does not begin with its successor. Raises InputError.
+    """
     if not isinstance(data, Transitions):
         raise InputError(f"data is a {type(data).__name__}, but must be Transitions")
     columns = {}
@@ -990,69 +978,42 @@ def as_float32(data: Transitions) -> Transitions:
         if isinstance(column, Tensor):
             column = column.detach().cpu().float().numpy()
         try:
-            columns[key] = torch.from_numpy(np.array(column, np.float32))
+            columns[key] = np.array(column, np.float32)
         except (TypeError, ValueError) as error:
             raise InputError(f"data: {key} is no array of numbers: {error}") from error
-    return Transitions(**columns)
-
-
-def dataset_of(data: Transitions) -> Dataset:
-    """Transitions of the caller's own, with the episodes that can be recognised.
-
-    An episode ends where it terminates, where the next row does not begin with its successor, and
-    with the last row. In shuffled rows no episode is recognised.
-    """
-    terminated = data.terminations.numpy() == 1
-    follows = (data.next_observations[:-1] == data.observations[1:]).all(1).numpy()
-    is_end = terminated | ~np.append(follows, False)
-    if is_end.sum() > max(terminated.sum() + 1, len(is_end) / 2):  # more breaks than steps
-        is_end[:] = False
-    return Dataset(
-        name="data",
-        transitions=data,
-        lengths=np.diff(np.flatnonzero(is_end), prepend=-1),
-        returns=returns_of(data.rewards.numpy(), is_end),
-        terminated=terminated[is_end],
-        rows=len(data.rewards),
-        layout=FROM_PYTHON,
-        source="",
-    )
+    columns = check_columns(columns, "data")
+    columns["terminals"] = columns.pop("terminations")
+    goes_on = follows(columns) | (columns["terminals"] == 1)
+    columns["timeouts"] = (~goes_on).astype(np.float32)
+    return make_dataset("data", columns, len(goes_on), FROM_PYTHON, "", math.inf)
 
 
 def fitting_robot(observations: Any, actions: Any) -> str:
-    """A hint for messages: the robot that columns of these shapes fit, if it is exactly one."""
+    """A hint for messages: the robot that columns of these shapes fit, if there is one."""
     shapes = (observations.shape[-1], actions.shape[-1])
-    fitting = []
     for env_id, robot in ROBOTS.items():
         if (robot.observation_dim, robot.action_dim) == shapes:
-            fitting.append(env_id)
-    return f" (its shapes fit {fitting[0]})" if len(fitting) == 1 else ""
+            return f" (its shapes fit {env_id})"
+    return ""
 
 
 def check_transitions(data: Transitions, env: Any, name: str) -> Transitions:
     """``data`` with actions in [-1, 1]. Raises InputError, with ``name``, if it does not fit."""
     n = len(data.rewards)
-    expected = {
-        "observations": (n, *env.observation_space.shape),
-        "actions": (n, *env.action_space.shape),
-        "rewards": (n,),
-        "next_observations": (n, *env.observation_space.shape),
-        "terminations": (n,),
-    }
-    for key, shape in expected.items():
-        column = getattr(data, key)
-        if column.shape != shape:
-            raise InputError(
-                f"{name}: {key} is of shape {tuple(column.shape)}, but {shape} fits the"
-                " environment; reshape it, or set env_id to that of the recording"
-                f"{fitting_robot(data.observations, data.actions)}"
-            )
-        if not column.isfinite().all():
-            raise InputError(f"{name}: {key} holds NaN or infinite values; remove those episodes")
     if n < 2:
         raise InputError(f"{name}: holds {n} transitions, but training needs two at least")
-    if not torch.isin(data.terminations, torch.tensor([0.0, 1.0])).all():
-        raise InputError(f"{name}: terminations holds values other than 0 and 1")
+    spaces = {
+        "observations": env.observation_space,
+        "next_observations": env.observation_space,
+        "actions": env.action_space,
+    }
+    for key, space in spaces.items():
+        found = tuple(getattr(data, key).shape[1:])
+        if found != space.shape:
+            raise InputError(
+                f"{name}: {key} are of shape {found}, but {space.shape} fits the environment; set"
+                f" env_id to that of the recording{fitting_robot(data.observations, data.actions)}"
+            )
     observations = data.observations[data.terminations == 0]
     successors = data.next_observations[data.terminations == 0]
     moves = (observations != observations[:1]).any()
@@ -1161,11 +1122,9 @@ def load_dataset(config: Config, env: Any, data: Transitions | None = None) -> D
     limit = config.max_episode_steps or env.spec.max_episode_steps
     if data is None:
         dataset = read_dataset(find_dataset(config.dataset), limit)
-        checked = check_transitions(dataset.transitions, env, dataset.name)
     else:
-        data = as_float32(data)
-        checked = check_transitions(data, env, "data")
         dataset = dataset_of(data)
+    checked = check_transitions(dataset.transitions, env, dataset.name)
     dataset = dataset._replace(transitions=checked)
 
     episodes = "no whole episode"
@@ -1238,13 +1197,6 @@ def environment(env_id: str, film: bool = False) -> Iterator[Any]:
         yield env
 
 
-def picture(env: Any) -> Any:
-    """What ``env`` shows, as a picture of 64 colours for a GIF."""
-    from PIL import Image
-
-    return Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE)
-
-
 def check_environment(env_id: str, film: bool = False) -> Any:
     """The environment, tried in one step and closed: its spaces and its spec can still be read.
 
@@ -1254,28 +1206,21 @@ def check_environment(env_id: str, film: bool = False) -> Any:
 
     try:
         with environment(env_id, film) as env:
-            for space in (env.observation_space, env.action_space):
+            box = env.action_space
+            for space in (env.observation_space, box):
                 if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
                     raise ValueError(f"{space} is no box of one dimension")
-            low = env.action_space.low
-            high = env.action_space.high
-            if not np.issubdtype(env.action_space.dtype, np.floating):
-                raise ValueError(f"its actions are no real numbers: {env.action_space}")
-            if not env.action_space.is_bounded():
-                raise ValueError(f"its action box has no bounds: {env.action_space}")
-            if (low >= high).any():
-                n = (low >= high).argmax()
-                raise ValueError(f"action {n} has no width, from {low[n]:g} to {high[n]:g}")
+            is_real = np.issubdtype(box.dtype, np.floating)
+            if not (is_real and box.is_bounded() and (box.low < box.high).all()):
+                raise ValueError(f"its actions need real numbers, bounds and a width, not {box}")
             if env.spec.max_episode_steps is None:
                 raise ValueError("it has no time limit; register it with one")
-            observation, reward, *_ = env.step((low + high) / 2)
-            shape = np.shape(observation)
-            if shape != env.observation_space.shape:
-                raise ValueError(f"its first step gives an observation of shape {shape}")
-            if not (np.isfinite(observation).all() and math.isfinite(reward)):
+            observation, reward, *_ = env.step((box.low + box.high) / 2)
+            fits = np.shape(observation) == env.observation_space.shape
+            if not (fits and np.isfinite(observation).all() and math.isfinite(reward)):
                 raise ValueError(f"its first step gives {observation} and reward {reward}")
             if film:
-                picture(env)
+                env.render()
     except (Exception, SystemExit) as error:  # its own code may do anything
         cause = "".join(traceback.format_exception_only(error)).strip()
         raise InputError(f"env_id is {env_id}, which CIQL cannot act in: {cause}") from error
@@ -1294,6 +1239,7 @@ def play_episode(
     run as if it were complete.
     """
     import gymnasium
+    from PIL import Image
 
     total = 0.0
     try:
@@ -1308,7 +1254,8 @@ def play_episode(
             observation, _ = env.reset(seed=seed)
             for t in itertools.count():
                 if frames is not None and t < 600 and t % 3 == 0:  # 20 of the 60 in a second
-                    frames.append(picture(env))
+                    image = Image.fromarray(env.render())
+                    frames.append(image.quantize(64, dither=Image.Dither.NONE))
                 observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
                 if not np.isfinite(observation).all():
                     raise ValueError(f"step {t + 1} gives {observation}")
@@ -1441,9 +1388,8 @@ class Log:
         self.wandb = start_wandb(folder, config) if config.wandb_project else None
         # What an earlier process wrote after its last checkpoint is hidden.
         self.board = SummaryWriter(folder, purge_step=rows[-1]["step"] + 1 if rows else 0)
-        settings = dataclasses.asdict(config).items()
-        lines = [f"| {name} | {value} |" for name, value in settings]
-        self.board.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]))
+        settings = [f"| {name} | {value} |" for name, value in vars(config).items()]
+        self.board.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *settings]))
 
     def write(self, row: dict[str, float]) -> None:
         """Add a row."""
@@ -1637,23 +1583,13 @@ def curve_of(rows: Sequence[dict[str, float]]) -> Curve:
     )
 
 
-class Final(NamedTuple):
-    """The final return of a run."""
+def final_return(means: Sequence[float] | np.ndarray) -> tuple[float, int]:
+    """The mean of the last tenth of a run's evaluations, and how many these are.
 
-    value: float  # the mean of the last evaluations
-    evaluations: int  # how many these are
-    total: int  # ... of how many
-
-    def __str__(self) -> str:
-        if self.evaluations == self.total:
-            return f"the mean of all {self.total} evaluations"
-        return f"the mean of the last {self.evaluations} of {self.total} evaluations"
-
-
-def final_return(means: Sequence[float] | np.ndarray) -> Final:
-    """The mean of the last tenth of a run's evaluations, of three at least (or all there are)."""
+    They are three at least, or all if there are fewer.
+    """
     last = np.asarray(means)[-max(3, len(means) // 10) :]
-    return Final(float(last.mean()), len(last), len(means))
+    return float(last.mean()), len(last)
 
 
 def method_name(config: Config, agent: str) -> str:
@@ -1696,8 +1632,8 @@ def draw(paths: Sequence[Path], curve: Curve, title: str, dataset: Dataset, env_
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    final = final_return(curve.means)
-    label = f"evaluations; final {final.value:.0f} is\n{final}"
+    final, count = final_return(curve.means)
+    label = f"evaluations; final {final:.0f} is\nthe mean of the last {count}"
     axes.plot(curve.steps, curve.means, "o-", markersize=3, label=label)
     steps = np.repeat(curve.steps, [len(returns) for returns in curve.returns])
     episodes = np.concatenate(curve.returns)
@@ -1931,13 +1867,18 @@ def accelerate(agent: CIQL, prepared: Transitions, stack: contextlib.ExitStack) 
         where = torch.cuda.get_device_name(agent.device)
     compiling = "; compiling takes up to a minute the first time" if c.compile else ""
     say(f"agent  {type(agent).__name__}, {where}{compiling}")
-    if agent.meter and c.alpha > 0 and c.threads > 1:
-        agent.meter.start_helper(prepared)
-        stack.callback(agent.meter.stop_helper)
+    with_meter = agent.on_cpu and c.alpha > 0
+    # Beside the losses no random numbers may be drawn: which drew first would be left to chance.
+    beside = with_meter and c.threads > 1 and not agent.gaps_draw(prepared)
+    if beside:  # half of the threads each
+        torch.set_num_threads(c.threads // 2)
     if c.compile:
         agent.compile_losses(prepared)
         # A call that fits none of the graphs, should there be one, runs eagerly.
         stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+    if with_meter:
+        agent.meter = GapMeter(agent, beside)
+        stack.enter_context(agent.meter.thread)
 
 
 @contextlib.contextmanager
@@ -2072,9 +2013,10 @@ def train(
             raise SystemExit(128 + stop[0])
 
     curve = curve_of(history.rows)
-    final = final_return(curve.means)
-    score = f", score {ROBOTS[env_id].score(final.value):.1f}" if env_id in ROBOTS else ""
-    say(f"final  {final.value:.1f} is {final}{score}")
+    final, count = final_return(curve.means)
+    score = f", score {ROBOTS[env_id].score(final):.1f}" if env_id in ROBOTS else ""
+    total = len(curve.means)
+    say(f"final  {final:.1f} is the mean of the last {count} of {total} evaluations{score}")
     if config.film:
         film(folder / "policy.gif", agent.evaluated_policy(), config)
     say(f"wrote  {config.plot} and {folder}, in {(time.perf_counter() - start) / 60:.1f} minutes")

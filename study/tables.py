@@ -20,11 +20,11 @@ KEYS = ["dataset", "method", "seed"]  # which tell runs apart in both tables
 # --------------------------------------------------------------------------------------- statistics
 def figures_of(means: np.ndarray, env_id: str) -> dict[str, float | None]:
     """What tables say of a complete run, from the mean returns of its evaluations (E,)."""
-    final = ciql.final_return(means)
-    score = ciql.ROBOTS[env_id].score(final.value) if env_id in ciql.ROBOTS else None
+    final, count = ciql.final_return(means)
+    score = ciql.ROBOTS[env_id].score(final) if env_id in ciql.ROBOTS else None
     return {
-        "final_return": final.value,
-        "evaluations": final.evaluations,  # of which it is the mean
+        "final_return": final,
+        "evaluations": count,  # of which it is the mean
         "curve_mean": means.mean(),
         "score": score,
     }

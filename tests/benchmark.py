@@ -24,7 +24,15 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ciql_pybullet import CIQL, SAMPLES, Config, processor, read_dataset, torch_settings
+from ciql_pybullet import (
+    CIQL,
+    SAMPLES,
+    Config,
+    accelerate,
+    processor,
+    read_dataset,
+    torch_settings,
+)
 
 # The default job: HalfCheetah at the default settings.
 S = 26
@@ -109,17 +117,15 @@ def serve_steps(connection, alpha, settings):
     torch.manual_seed(0)
     data = read_dataset(SAMPLE).transitions
     config = Config(device="cpu", alpha=alpha, **settings or {"threads": 2})
-    with torch_settings(config):
+    with torch_settings(config), contextlib.ExitStack() as stack:
         agent = CIQL(S, A, config)
         ready = agent.prepare(data)
         step = functools.partial(agent.update, ready)
         if settings is None:
             torch.set_num_threads(2)
             step = Textbook(ready, alpha).step
-        elif alpha > 0 and config.threads > 1:
-            agent.meter.start_helper(ready)
-        if settings is not None and config.compile:
-            agent.compile_losses(ready)
+        else:
+            accelerate(agent, ready, stack)
         while True:
             count = connection.recv()
             start = time.perf_counter()

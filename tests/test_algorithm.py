@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import refused
 
-from ciql_pybullet import CIQL, Config, Transitions, ValueNetwork, move_towards
+from ciql_pybullet import CIQL, Config, GapMeter, Transitions, ValueNetwork, move_towards
 
 S = 5  # observation_dim
 A = 3  # action_dim
@@ -150,11 +150,9 @@ def test_steps_are_those_of_the_reference(recipe, where):
     data = agent.prepare(random_data(20))
     for parameter in itertools.chain(agent.critic.parameters(), agent.target_critic.parameters()):
         parameter.data += 0.3 * torch.randn_like(parameter)  # apart from each other
-    if where == "helper":
-        agent.meter.start_helper(data)
-        assert agent.meter.helper
+    if where in ("helper", "in line"):
+        agent.meter = GapMeter(agent, beside=where == "helper")
     if where == "as on CUDA":
-        agent.meter = None
         agent.on_cpu = False
 
     p = weights_of(agent)
@@ -226,9 +224,9 @@ def small(**settings):
 def started(config, make_agent=CIQL):
     torch.manual_seed(0)
     agent = make_agent(S, A, config)
-    data = agent.prepare(random_data())
-    if config.alpha > 0 and agent.meter:
-        agent.meter.start_helper(data)
+    agent.prepare(random_data())
+    if config.alpha > 0 and agent.on_cpu:
+        agent.meter = GapMeter(agent, beside=True)
     return agent
 
 
@@ -250,10 +248,9 @@ def test_leaving_out_a_closed_clamp_is_exact(alpha):
     history = run_steps(helped, 30)
     assert 0 < np.mean([row["clamp_open"] for row in history]) < 1
     in_line = started(small(alpha=alpha))
-    in_line.meter.helper = None
+    in_line.meter.beside = False
     always = started(small(alpha=alpha))
     always.meter = None
-    always.on_cpu = False
     for other in (in_line, always):
         assert run_steps(other, 30) == history
         for name, tensor in helped.state_dict().items():
@@ -304,7 +301,7 @@ class Counting(CIQL):
         self.seen = torch.zeros(())
 
     def losses(self, batch):
-        self.seen = self.seen + 1
+        self.seen += 1
         return super().losses(batch)
 
 
@@ -330,10 +327,23 @@ def test_compiled_step(capsys, alpha):
     for _ in range(2):
         agent = started(config, Counting)
         before = (copy.deepcopy(agent.state_dict()), torch.get_rng_state())
+        seen = agent.seen
+        agent.meter = None
         agent.compile_losses(random_data())
+        assert agent.seen is seen and agent.seen == 0
         assert all(torch.equal(t, before[0][name]) for name, t in agent.state_dict().items())
         assert torch.equal(torch.get_rng_state(), before[1])
-        with torch.compiler.set_stance("fail_on_recompile"):  # a recompile would be an eager step
+        # A recompile would be an eager step. Gaps are compiled for the meter alone.
+        if alpha:
+            agent.meter = GapMeter(agent, beside=True)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            if alpha:
+                agent.meter.start(*agent.example(random_data()))
+                agent.meter.result()
+            agent.losses(agent.example(random_data())[0])
+            agent.seen.zero_()
+        stance = "eager_on_recompile" if alpha else "fail_on_recompile"
+        with torch.compiler.set_stance(stance):
             found.append(run_steps(agent, 100))
         assert agent.seen == 100 and capsys.readouterr().out == ""
     assert found[0] == found[1]

@@ -188,7 +188,7 @@ BAD_FILES = {
     "one observation": (hopper(observations=1), "observations of shape () do not fit"),
     "short rewards": (hopper(rewards=HALF[1:]), "shape (131,)"),
     "wide rewards": (hopper(rewards=np.ones((132, 2))), "shape (132, 2)"),
-    "timeout of a half": (hopper(timeouts=HALF), "'timeouts' holds values other than 0 and 1"),
+    "timeout of a half": (hopper(timeouts=HALF), "timeouts holds values other than 0 and 1"),
     "infinity": (hopper(rewards=np.r_[0, np.inf, np.zeros(130)]), "rewards holds NaN or"),
     "no rows": (first_rows(0), "holds 0 transitions, but training needs two"),
     "two rows": (first_rows(2), "holds 1 transitions"),
@@ -228,7 +228,9 @@ def test_file_larger_than_the_memory(tmp_path, monkeypatch):
     hopper_file(tmp_path / "data.hdf5")
     memory = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    with refused("data.hdf5: 132 rows need 0.00 GiB of memory", "take a part of the file"):
+    with refused(
+        "data.hdf5: cannot be read (132 rows need 31,680 bytes of memory, 1,000 are free)"
+    ):
         ciql.read_dataset("data.hdf5")
 
 
@@ -349,9 +351,12 @@ def test_own_transitions_may_be_of_any_kind():
 S_AND_NEXT = torch.randn(6, 15)
 SAME = {"observations": S_AND_NEXT, "next_observations": S_AND_NEXT}
 UNFITTING = {
-    "other observations": (own_transitions(observation_dim=14), "(6, 14), but (6, 15) fits the"),
+    "other observations": (own_transitions(observation_dim=14), "(14,), but (15,) fits the"),
     "NaN": (own_transitions(rewards=torch.full((6,), np.nan)), "rewards holds NaN"),
-    "half an end": (own_transitions(terminations=torch.full((6,), 0.5)), "other than 0 and 1"),
+    "half an end": (
+        own_transitions(terminations=torch.full((6,), 0.5)),
+        "terminations holds values other than 0 and 1",
+    ),
     "above the box": (own_transitions(actions=torch.full((6, 3), 1.5)), "(up to 1.5)"),
     "below the box": (own_transitions(actions=torch.full((6, 3), -1.5)), "outside the action box"),
     "one row": (own_transitions(1), "two at least"),
@@ -402,7 +407,7 @@ def in_order(*episodes):
     columns = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
     columns["terminations"] = columns.pop("terminals")
     del columns["timeouts"]
-    return ciql.as_float32(ciql.Transitions(**columns))
+    return ciql.Transitions(**columns)
 
 
 def test_episodes_of_ones_own_transitions():
@@ -414,7 +419,7 @@ def test_episodes_of_ones_own_transitions():
     assert dataset.lengths.tolist() == [4, 3, 5, 6]
     assert dataset.returns.tolist() == [e["rewards"].sum() for e in episodes]
     assert dataset.terminated.tolist() == [True, False, True, False]
-    order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
+    order = np.random.default_rng(0).permutation(18)
     shuffled = ciql.Transitions(*(column[order] for column in data))
     assert len(ciql.dataset_of(shuffled).returns) == 0
     data.next_observations[3] = data.observations[4]  # it starts anew where it terminated
@@ -470,13 +475,13 @@ def gives(observation, reward):
 WRONG = {
     "Discrete(2) is no box": {"action_space": gymnasium.spaces.Discrete(2)},
     "is no box of one dimension": {"observation_space": Box(0, 1, (8, 8))},
-    "are no real numbers": {"action_space": Box(0, 3, (2,), int)},
-    "has no bounds": {"action_space": Box(-np.inf, np.inf, (2,))},
-    "action 1 has no width, from 3 to 3": {"action_space": Box(np.float32([-2, 3]), np.float32(3))},
+    "not Box(0, 3, (2,), int64)": {"action_space": Box(0, 3, (2,), int)},
+    "not Box(-inf, inf, (2,)": {"action_space": Box(-np.inf, np.inf, (2,))},
+    "not Box([-2. 3.], 3.0, (2,)": {"action_space": Box(np.float32([-2, 3]), np.float32(3))},
     "has no time limit": {"limit": None},
     "reward nan": gives([0, 0], np.nan),
     "gives [nan 0.]": gives([np.nan, 0], 0.0),
-    "of shape (1,)": gives([0], 0.0),
+    "gives [0.] and reward 0.0": gives([0], 0.0),
     "ZeroDivisionError: division by zero": {"step": lambda self, action: 1 / 0},
     "SystemExit": {"step": lambda self, action: sys.exit()},
     "TypeError": {"__init__": lambda self, mass: None},

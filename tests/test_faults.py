@@ -87,7 +87,7 @@ HOPPER = ["--dataset", "hopper.hdf5", "--env-id", "HopperBulletEnv-v0"]
         (["--resume", "nothing"], "nothing/checkpoint.pt cannot be read (No such file"),
         (["--evaluate", "a_file/run"], "a_file/run/checkpoint.pt cannot be read (Not a directory"),
         (["--resume", "x" * 300], "xxx/checkpoint.pt cannot be read (File name too long)"),
-        (["--resume", "a", "--evaluate", "a"], "resume and evaluate are both set"),
+        (["--resume", "a", "--evaluate", "a"], "resume and evaluate are set, and each"),
         (["--wandb-project", "p"], "pip install wandb"),
     ],
 )
@@ -367,7 +367,7 @@ def test_rewards_that_are_not_finite(misbehave, monkeypatch, capsys, reward):
     last = metrics(folder)[-1]
     assert last["return_mean"] == last["return_2"] == reward != last["return_1"]
     assert f"NOTE   episode 2 returned {reward}" in out and out.count("NOTE") == 1
-    assert f"final  {reward} is the mean of all 2 evaluations" in out
+    assert f"final  {reward} is the mean of the last 2 of 2 evaluations" in out
     assert (folder / "eval_returns.png").exists()
 
 

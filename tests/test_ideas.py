@@ -11,7 +11,7 @@ from conftest import ROOT, own_transitions
 from torch import nn
 
 import ciql_pybullet
-from ciql_pybullet import CIQL, Config, QNetworks
+from ciql_pybullet import CIQL, Config, GapMeter, QNetworks
 
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,11 +175,16 @@ def assert_same(one, other):
         assert torch.equal(left, right), name
 
 
+def measure_beside(agent, data):
+    """As a run with two threads does."""
+    agent.meter = GapMeter(agent, beside=not agent.gaps_draw(data))
+
+
 @functools.cache
 def eager_run(idea):
     """The agent after a hundred steps with the helper, and what they reported."""
     agent, data = make(idea)
-    agent.meter.start_helper(data)
+    measure_beside(agent, data)
     return agent, take_steps(agent, data, 100)
 
 
@@ -189,13 +194,14 @@ def test_idea_is_exact(idea):
     agent, history = eager_run(idea)
     again, data = make(idea)
     before = copy.deepcopy(again)
-    again.meter.start_helper(data)
+    measure_beside(again, data)
     assert take_steps(again, data, 100) == history
     assert_same(agent, again)
     for (name, old), new in zip(before.named_parameters(), again.parameters(), strict=True):
         assert not (old.requires_grad and torch.equal(old, new)), name
 
     resumed, data = make(idea)
+    resumed.meter = GapMeter(resumed, beside=False)
     resumed.load_training_state(copy.deepcopy(agent.training_state()))
     assert resumed.steps == 100
     assert take_steps(resumed, data, 10, seed=2) == take_steps(again, data, 10, seed=2)
@@ -210,20 +216,19 @@ def test_traced_idea(idea, monkeypatch):
         torch, "compile", lambda f, fullgraph, options: compile_with(f, backend="aot_eager")
     )
     agent, data = make(idea)
-    agent.meter.start_helper(data)
     agent.compile_losses(data)
     assert "losses" in vars(agent)
+    measure_beside(agent, data)
     with torch.compiler.set_stance("eager_on_recompile"):
         history = take_steps(agent, data, 100)
     for traced_row, row in zip(history, eager_run(idea)[1], strict=True):
         assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(("idea", "is_helped"), [(CIQL, True), (SampledGaps, False)])
-def test_helper_measures_gaps_that_draw_nothing(idea, is_helped):
-    """Else it were chance who draws first. The trial takes no random number from training."""
+@pytest.mark.parametrize(("idea", "draws"), [(CIQL, False), (SampledGaps, True)])
+def test_gaps_that_draw(idea, draws):
+    """They are told, without taking a random number from training."""
     agent, data = make(idea)
     before = torch.get_rng_state()
-    agent.meter.start_helper(data)
+    assert agent.gaps_draw(data) == draws
     assert torch.equal(torch.get_rng_state(), before)
-    assert bool(agent.meter.helper) == is_helped
