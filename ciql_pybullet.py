@@ -1351,7 +1351,6 @@ class History:
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.csv
     sums: Metrics = field(default_factory=dict)  # of the metrics since the last line of losses
     counts: dict[str, int] = field(default_factory=dict)  # of the steps that reported each
-    processes: list[dict[str, Any]] = field(default_factory=list)  # that trained the run
 
     def add(self, metrics: Metrics) -> None:
         """Add the metrics of a step; this does not wait for the device. Raises InputError."""
@@ -1443,14 +1442,11 @@ def commit() -> str:
 
 
 def write_provenance(
-    folder: Path,
-    config: Config,
-    dataset: Dataset,
-    checksum: int,
-    agent: CIQL,
-    processes: list[dict[str, Any]],
+    folder: Path, config: Config, dataset: Dataset, checksum: int, agent: CIQL
 ) -> None:
-    """Add this process to ``processes``; write config.json, and copy the code."""
+    """Write config.json, with this process added to those that it lists, and copy the code."""
+    path = folder / "config.json"
+    processes = json.loads(path.read_text())["processes"] if path.exists() else []
     process = {
         "from_step": agent.steps,
         "started": datetime.datetime.now().isoformat(timespec="seconds"),
@@ -1469,9 +1465,8 @@ def write_provenance(
         source = getattr(sys.modules.get(module), "__file__", None)  # a notebook has none
         if source:
             shutil.copyfile(source, code / Path(source).name)
-    processes.append(process)
-    settings = dataclasses.asdict(config) | {"processes": processes}
-    write_whole(folder / "config.json", json.dumps(settings, indent=2).encode())
+    settings = dataclasses.asdict(config) | {"processes": [*processes, process]}
+    write_whole(path, json.dumps(settings, indent=2).encode())
 
 
 CHECKPOINT_VERSION = 3
@@ -1489,7 +1484,6 @@ def save_checkpoint(
         "rows": history.rows,
         "sums": history.sums,
         "counts": history.counts,
-        "processes": history.processes,
         "step": agent.steps,
         "agent_class": type(agent).__name__,
         "agent": agent.training_state(),
@@ -1778,16 +1772,16 @@ def restore(
     """Put the agent and the random state back. Raises InputError if the run cannot go on."""
     saved: Config = checkpoint["config"]
     run = saved.resume
+    env_id = environment_id(saved)
     if checkpoint["checksum"] != checksum:
-        file = checkpoint["processes"][-1]["data"]
         raise InputError(
-            f"{run} was trained on other data than {dataset.name} holds now (on {file}); put those"
-            f" back, or name their file: --dataset FILE --env-id {environment_id(saved)}"
+            f"{run} was trained on other data than {dataset.name} holds now; put those back, or"
+            f" name their file, as in its config.json: --dataset FILE --env-id {env_id}"
         )
-    if environment_id(config) != environment_id(saved):
+    if environment_id(config) != env_id:
         raise InputError(
-            f"{run} is of {environment_id(saved)}, not of {environment_id(config)}: its evaluations"
-            " would be of both; start another run"
+            f"{run} is of {env_id}, not of {environment_id(config)}: its evaluations would be of"
+            " both; start another run"
         )
     if checkpoint["step"] > config.max_steps:
         raise InputError(
@@ -1819,7 +1813,6 @@ def restore(
         rows=checkpoint["rows"],
         sums={name: total.to(agent.device) for name, total in checkpoint["sums"].items()},
         counts=checkpoint["counts"],
-        processes=checkpoint["processes"],
     )
 
 
@@ -1957,7 +1950,7 @@ def train(
         stop = stack.enter_context(stop_signals())
         if not checkpoint:
             make_folder(folder, stack)
-        write_provenance(folder, config, dataset, checksum, agent, history.processes)
+        write_provenance(folder, config, dataset, checksum, agent)
         log = Log(folder, config, history.rows)
         stack.callback(log.close)
         say(f"run    {folder}, from step {agent.steps:,}")
