@@ -1349,8 +1349,8 @@ class History:
     """What a run has reported so far; its checkpoint keeps it."""
 
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.csv
-    sums: Metrics = field(default_factory=dict)  # of the metrics since the last line of losses
-    counts: dict[str, int] = field(default_factory=dict)  # of the steps that reported each
+    # The sum of each metric since the last line of losses, and how many steps reported it
+    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def add(self, metrics: Metrics) -> None:
         """Add the metrics of a step; this does not wait for the device. Raises InputError."""
@@ -1360,14 +1360,13 @@ class History:
                 raise InputError(f"the metric {name} is of shape {tuple(value.shape)}; average it")
             if name in ("step", "steps_per_second", "score") or name.startswith("return_"):
                 raise InputError(f"a metric is named {name}, as a column of metrics.csv; rename it")
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value, count + 1
 
     def take_means(self) -> dict[str, float]:
         """The means of the metrics since they were last taken."""
-        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
         self.sums.clear()
-        self.counts.clear()
         return means
 
 
@@ -1469,7 +1468,7 @@ def write_provenance(
     write_whole(path, json.dumps(settings, indent=2).encode())
 
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 
 def save_checkpoint(
@@ -1483,7 +1482,6 @@ def save_checkpoint(
         "checksum": checksum,  # of the data
         "rows": history.rows,
         "sums": history.sums,
-        "counts": history.counts,
         "step": agent.steps,
         "agent_class": type(agent).__name__,
         "agent": agent.training_state(),
@@ -1809,16 +1807,13 @@ def restore(
     torch.set_rng_state(checkpoint["random_state"])
     if not agent.on_cpu and checkpoint["cuda_random_state"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_random_state"], agent.device)
-    return History(
-        rows=checkpoint["rows"],
-        sums={name: total.to(agent.device) for name, total in checkpoint["sums"].items()},
-        counts=checkpoint["counts"],
-    )
+    sums = {name: (total.to(agent.device), n) for name, (total, n) in checkpoint["sums"].items()}
+    return History(checkpoint["rows"], sums)
 
 
-def check_finite(agent: CIQL, sums: Metrics, data: Transitions) -> None:
+def check_finite(agent: CIQL, history: History, data: Transitions) -> None:
     """Raise FloatingPointError if a loss or weight is NaN or infinite, before it is saved."""
-    bad = [name for name, total in sums.items() if not total.isfinite()]
+    bad = [name for name, (total, _) in history.sums.items() if not total.isfinite()]
     if bad or not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError(
             f"{', '.join(bad) or 'a weight'} became NaN or infinite up to step {agent.steps:,};"
@@ -1962,7 +1957,7 @@ def train(
             how_to_go_on = f"train in Python, with config.resume {str(folder)!r}"
 
         def save() -> None:
-            check_finite(agent, history.sums, prepared)
+            check_finite(agent, history, prepared)
             save_checkpoint(folder, config, checksum, agent, history)
 
         # Steps
@@ -1975,13 +1970,13 @@ def train(
             is_last = agent.steps == config.max_steps
             with saving_on_error(save, folder, how_to_go_on):
                 if agent.steps > logged and (is_last or agent.steps % config.log_interval == 0):
-                    check_finite(agent, history.sums, prepared)
+                    check_finite(agent, history, prepared)
                     speed = (agent.steps - timed) / (time.perf_counter() - since)
                     log_losses(log, history, agent.steps, speed)
                     logged = timed = agent.steps
                     since = time.perf_counter()
                 if agent.steps > evaluated and (is_last or agent.steps % config.eval_interval == 0):
-                    check_finite(agent, history.sums, prepared)
+                    check_finite(agent, history, prepared)
                     row = evaluate(agent.evaluated_policy(), config, agent.steps, stop)
                     if stop:
                         break
