@@ -1,5 +1,6 @@
 """Ideas as a student writes them: agents of a few lines, in ordinary PyTorch, that just work."""
 
+import contextlib
 import copy
 import functools
 import re
@@ -18,7 +19,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 S = 5  # observation_dim
 A = 2  # action_dim
 CONFIG = Config(
-    device="cpu", hidden_sizes=(16, 16), batch_size=32, num_neg=3, alpha=5.0, lr=1e-3, threads=2
+    device="cpu",
+    hidden_sizes=(16, 16),
+    batch_size=32,
+    num_neg=3,
+    alpha=5.0,
+    lr=1e-3,
+    threads=2,
+    compile=False,
 )
 
 
@@ -176,8 +184,8 @@ def assert_same(one, other):
 
 
 def measure_beside(agent, data):
-    """As a run with two threads does."""
-    agent.meter = GapMeter(agent, beside=not agent.gaps_draw(data))
+    """As a run with two threads does, if it can."""
+    ciql_pybullet.accelerate(agent, data, contextlib.ExitStack())
 
 
 @functools.cache
@@ -225,10 +233,12 @@ def test_traced_idea(idea, monkeypatch):
         assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(("idea", "draws"), [(CIQL, False), (SampledGaps, True)])
-def test_gaps_that_draw(idea, draws):
-    """They are told, without taking a random number from training."""
+@pytest.mark.parametrize(("idea", "threads"), [(CIQL, 1), (SampledGaps, 2)])
+def test_gaps_that_draw(idea, threads):
+    """Not beside the losses: which drew first would be left to chance. The trial draws nothing."""
     agent, data = make(idea)
     before = torch.get_rng_state()
-    assert agent.gaps_draw(data) == draws
+    torch.set_num_threads(2)
+    measure_beside(agent, data)
     assert torch.equal(torch.get_rng_state(), before)
+    assert (agent.meter.beside, torch.get_num_threads()) == (idea is CIQL, threads)
