@@ -30,8 +30,8 @@ off-data actions ā are drawn uniformly from the action box, num_neg per state.
     Q   y = r + γ V(s')                    loss = (Q(s,a) − y)² + α · ReLU(E_ā Q(s,ā) − E_a Q(s,a))
     π   adv = max(0, Q̄(s,a) − V(s))      loss = −exp(β · adv) · log π(a|s)
 
-The losses and E are means over a batch. So the clamp of a whole batch is open, and the penalty
-acts, or closed, and it is 0. The losses of Q1 and Q2 are added. After a true termination y is r
+The losses and E are means over a batch. So in a step the penalty of a Q acts on the whole batch, or
+its clamp is closed and it is 0. The losses of Q1 and Q2 are added. After a true termination y is r
 alone. exp(β · adv) is capped at max_weight. IQL has no max(0, ·) in adv (--no-clamp-advantage).
 
     python ciql_pybullet.py                       train with the settings below
@@ -74,7 +74,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# Ctrl-C during the slow imports shall print no traceback; while it trains, ``train`` catches it.
+# Ctrl-C during the slow imports ends the program without a traceback; ``train`` handles it later.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -178,6 +178,11 @@ class InputError(ValueError):
     """A bad setting, file or network; its message is one line that names cause and remedy."""
 
 
+def with_tuples(value: Any) -> Any:
+    """What JSON holds, with tuples in the place of lists."""
+    return tuple(map(with_tuples, value)) if isinstance(value, list) else value
+
+
 def check(config: Config) -> None:
     """Raise InputError for a setting of the wrong type or out of its range."""
     if type(config) is not Config:
@@ -187,7 +192,9 @@ def check(config: Config) -> None:
         try:
             typeguard.check_type(value, kind)
             str(value).encode()
-        except (typeguard.TypeCheckError, UnicodeEncodeError) as error:
+            if with_tuples(json.loads(json.dumps(value))) != value:
+                raise TypeError("a run could not save it; use numbers, strings and tuples")
+        except (typeguard.TypeCheckError, UnicodeEncodeError, TypeError) as error:
             raise InputError(f"{name} is {value!r}, which cannot be: {error}") from error
     for name, interval in RANGES.items():
         value = getattr(config, name)
@@ -202,14 +209,14 @@ def check(config: Config) -> None:
         raise InputError(f"name is {config.name}, but must be one folder's name; see --out-dir")
     given = [name for name in ("name", "resume", "evaluate") if getattr(config, name)]
     if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} are set, and each tells a run; give one of them")
+        raise InputError(f"{' and '.join(given)} are set, and each selects a run; give one of them")
     if config.evaluate:  # without a picture, and without W&B
         return
     plot = Path(config.plot)
     if plot.suffix not in (".png", ".pdf", ".svg") or plot.is_dir():
         raise InputError(f"plot is {plot}, but must be a .png, .pdf or .svg file")
-    if not os.access(plot.parent, os.W_OK):
-        raise InputError(f"plot is {plot}, but the folder {plot.parent} is not there to write in")
+    if not (plot.parent.is_dir() and os.access(plot.parent, os.W_OK)):
+        raise InputError(f"plot is {plot}, but {plot.parent} is no folder that can be written to")
     if config.wandb_project:
         spec = importlib.util.find_spec("wandb")
         if spec is None or spec.origin is None:  # a folder of that name has no origin
@@ -440,7 +447,7 @@ class CIQL(nn.Module):
         self.to(self.device)
         self.make_optimizer(self.policy, self.value, self.critic)
         self.steps = 0  # gradient steps taken
-        self.meter: GapMeter | None = None  # measures the gaps, on the CPU; made by ``accelerate``
+        self.meter: Meter | None = None  # measures the gaps first, where ``train`` has set one
 
     def make_critic(self) -> nn.Module:
         """The critic; its target is a copy. It may hold any number of Q."""
@@ -503,7 +510,7 @@ class CIQL(nn.Module):
 
         ``negative_actions`` are (B, num_neg, action_dim).
         """
-        parts = 10 if self.on_cpu else 1  # a tenth of the work stays in the cache of a CPU's core
+        parts = 10 if self.on_cpu else 1  # smaller pieces fit the cache of a CPU's core
         q_neg = []
         for actions in negative_actions.chunk(parts, 1):
             s = batch.observations.repeat_interleave(actions.shape[1], 0)
@@ -525,14 +532,13 @@ class CIQL(nn.Module):
         if c.alpha > 0:
             size = (c.batch_size, c.num_neg, self.action_dim)
             negative_actions = torch.empty(size, device=self.device).uniform_(-1, 1)
-            if self.meter:
-                self.meter.start(batch, negative_actions)
+            measured = self.meter(batch, negative_actions) if self.meter else None
 
         self.optimizer.zero_grad()
         loss, metrics = self.losses(batch)
         loss.backward()
         if c.alpha > 0:
-            gaps = self.backward_of_penalty(batch, negative_actions)
+            gaps = self.backward_of_penalty(batch, negative_actions, measured)
             penalty = torch.relu(gaps).sum()
             metrics["penalty"] = penalty
             if "q_loss" in metrics:  # losses of your own may report none
@@ -550,15 +556,20 @@ class CIQL(nn.Module):
         self.steps += 1
         return metrics
 
-    def backward_of_penalty(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
+    def backward_of_penalty(
+        self,
+        batch: Transitions,
+        negative_actions: Tensor,
+        measured: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """Add the gradient of the penalty to that of the losses; returns the gaps, (num_q,).
 
         After the first steps the gaps are nearly always below 0, where ReLU has no gradient. So on
-        the CPU they are first measured by a forward pass alone, a third of the work. On CUDA the
-        host would have to wait for the result.
+        the CPU they are first ``measured``, by a forward pass alone, a third of the work. On CUDA
+        the host would have to wait for the result.
         """
-        if self.meter:
-            gaps = self.meter.result()
+        if measured:
+            gaps = measured()
             if gaps.max() <= 0:
                 return gaps
         gaps = self.gaps(self.critic, batch, negative_actions)
@@ -608,12 +619,16 @@ class CIQL(nn.Module):
         batch = Transitions(*(column[[0] * c.batch_size] for column in data))
         return batch, batch.actions.new_zeros(c.batch_size, c.num_neg, self.action_dim)
 
-    def gaps_draw(self, data: Transitions) -> bool:
-        """Do ``gaps`` draw random numbers, for dropout say?"""
+    @torch.no_grad()
+    def gaps_have_effects(self, data: Transitions) -> bool:
+        """Do ``gaps`` draw random numbers, or change networks besides the critic they are given?"""
+        trial = copy.deepcopy(self)
         with torch.random.fork_rng([]):
-            before = torch.get_rng_state()
-            self.gaps(self.critic, *self.example(data))
-            return not torch.equal(torch.get_rng_state(), before)
+            random_state = torch.get_rng_state()
+            trial.gaps(copy.deepcopy(self.critic), *self.example(data))
+            draws = not torch.equal(torch.get_rng_state(), random_state)
+        networks = self.state_dict()
+        return draws or not all(torch.equal(t, networks[n]) for n, t in trial.state_dict().items())
 
     def compile_losses(self, data: Transitions) -> None:
         """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
@@ -635,7 +650,8 @@ class CIQL(nn.Module):
                 # Losses that read a number like self.steps would need a graph for every step.
                 with torch.compiler.set_stance("fail_on_recompile"):
                     losses(trial, batch)
-                if self.config.alpha > 0 and self.on_cpu:  # the few backward passes run eagerly
+                # On the CPU the penalty's few backward passes run eagerly: see ``accelerate``.
+                if self.config.alpha > 0 and self.on_cpu:
                     with torch.no_grad():
                         gaps(trial, trial.critic, batch, negative_actions)
                 elif self.config.alpha > 0:
@@ -662,51 +678,46 @@ class CIQL(nn.Module):
         """
         self.steps = state["steps"]
         self.load_state_dict(state["networks"])
-        for name, part in vars(self).items():
+        parts = vars(self)
+        scheduled = [part.optimizer for part in parts.values() if isinstance(part, LRScheduler)]
+        for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer):
-                settings = [dict(group) for group in part.param_groups]
+                settings = part.param_groups
                 part.load_state_dict(state[name])
                 # Its state is the saved one, its rate and other settings are those of now, unless a
-                # scheduler, which sets initial_lr, owns them.
-                for group, own in zip(part.param_groups, settings, strict=True):
-                    if "initial_lr" not in group:
-                        group.update(own)
+                # scheduler owns them.
+                if part not in scheduled:
+                    part.param_groups = settings
             elif isinstance(part, LRScheduler):
                 part.load_state_dict(state[name])
 
 
-class GapMeter:
-    """Measures an agent's gaps without gradient, to know whether the clamp is open.
+# It takes a batch and its off-data actions, and returns what to call for the gaps, (num_q,).
+Meter = Callable[[Transitions, Tensor], Callable[[], Tensor]]
 
-    It does so in a thread ``beside`` the losses, or before them. It has a copy of the critic:
-    meanwhile ``losses`` may switch gradients of the agent's own off and on, or call it with other
-    weights, and the agent's own running statistics stay as they are.
+
+def make_meter(agent: CIQL, beside: bool, stack: contextlib.ExitStack) -> Meter:
+    """A function that measures an agent's gaps without gradient, to know if the clamp is open.
+
+    It does so before the losses, or ``beside`` them in a thread, until the ``stack`` ends. It has a
+    copy of the critic, as ``losses`` may switch gradients of the agent's own off and on meanwhile,
+    or call it with other weights.
     """
+    critic = copy.deepcopy(agent.critic)
+    measure = torch.no_grad()(agent.gaps)
+    thread = concurrent.futures.ThreadPoolExecutor(
+        1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+    )
+    stack.enter_context(thread)
 
-    def __init__(self, agent: CIQL, beside: bool) -> None:
-        self.agent = agent
-        self.critic = copy.deepcopy(agent.critic)
-        self.beside = beside
-        self.thread = concurrent.futures.ThreadPoolExecutor(
-            1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
-        )
+    def start(batch: Transitions, negative_actions: Tensor) -> Callable[[], Tensor]:
+        move_towards(critic, agent.critic, share=1)
+        if beside:
+            return thread.submit(measure, critic, batch, negative_actions).result
+        gaps = measure(critic, batch, negative_actions)
+        return lambda: gaps
 
-    @torch.no_grad()
-    def measure(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
-        """The gaps of the copy, (num_q,)."""
-        return self.agent.gaps(self.critic, batch, negative_actions)
-
-    def start(self, batch: Transitions, negative_actions: Tensor) -> None:
-        """Measure the gaps of the agent's critic as it is now."""
-        move_towards(self.critic, self.agent.critic, share=1)
-        if self.beside:
-            self.pending = self.thread.submit(self.measure, batch, negative_actions)
-        else:
-            self.gaps = self.measure(batch, negative_actions)
-
-    def result(self) -> Tensor:
-        """The gaps that were measured last."""
-        return self.pending.result() if self.beside else self.gaps
+    return start
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -806,8 +817,8 @@ def read_columns(path: Path) -> tuple[Columns, str]:
     try:
         with h5py.File(path) as file:
             keys = [*COLUMNS, *(key for key in OPTIONAL_COLUMNS if key in file)]
-            # The memory holds them three times: as read, as transitions, and normalised.
-            needed = 3 * 4 * sum(file[key].size for key in keys)
+            # At its fullest the memory holds them about four times.
+            needed = 4 * 4 * sum(file[key].size for key in keys)
             free = psutil.virtual_memory().available
             if needed > free:
                 rows = len(file["rewards"])
@@ -916,14 +927,18 @@ def make_dataset(
     """The transitions and the episodes in the columns of a file in D4RL's layout."""
     is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
     misplaced_ends = 0
-    if "next_observations" in columns and layout != D4RL_PYBULLET:
-        misplaced_ends = int((follows(columns) == is_end)[:-1].sum())
-    if np.count_nonzero(columns["timeouts"]) > len(is_end) / 2:  # rows in random order
+    is_shuffled = False
+    if "next_observations" in columns:
+        goes_on = follows(columns)
+        misplaced_ends = int((goes_on == is_end)[:-1].sum())  # a row goes on, or is an end
+        jumps = ~goes_on & (columns["terminals"] == 0)
+        is_shuffled = int(jumps.sum()) > len(jumps) / 2
+    if is_shuffled:  # such rows tell no episodes
         is_end[:] = False
     first = np.insert(np.flatnonzero(is_end) + 1, 0, 0)
     lengths = np.diff(first, append=len(is_end))  # the last piece is incomplete or empty
     longest = lengths.argmax()
-    if lengths[longest] > max_episode_steps:
+    if lengths[longest] > max_episode_steps and not is_shuffled:
         raise InputError(
             f"{name}: has an episode of {lengths[longest]:,} steps, from row"
             f" {columns['row'][first[longest]]:,} on, but the time limit is {max_episode_steps:,};"
@@ -975,11 +990,11 @@ def dataset_of(data: Transitions) -> Dataset:
         raise InputError(f"data is a {type(data).__name__}, but must be Transitions")
     columns = {}
     for key, column in data._asdict().items():
-        if isinstance(column, Tensor):
-            column = column.detach().cpu().float().numpy()
         try:
+            if isinstance(column, Tensor):
+                column = column.detach().cpu().float().numpy()
             columns[key] = np.array(column, np.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"data: {key} is no array of numbers: {error}") from error
     columns = check_columns(columns, "data")
     columns["terminals"] = columns.pop("terminations")
@@ -1096,7 +1111,7 @@ def note_ends(dataset: Dataset, env_id: str, limit: int) -> None:
         say(
             f"NOTE   {dataset.misplaced_ends:,} rows are marked as an end though the next row goes"
             " on, or go on elsewhere without a mark: are 'terminals' or 'timeouts' a row off, or"
-            " 'next_observations' of other rows?"
+            " 'next_observations' of other rows, or the rows in random order?"
         )
     ended_after = dataset.lengths[dataset.terminated]
     if not len(ended_after):
@@ -1191,8 +1206,8 @@ def environment(env_id: str, film: bool = False) -> Iterator[Any]:
         env = gymnasium.make(env_id, **options)
     with contextlib.closing(env):
         with quiet():
-            # A fault of the simulator: after the first reset rewards are off by a constant. So this
-            # is thrown away, and whoever plays resets once more.
+            # A fault of the simulator: after its first reset rewards are off by a constant. This is
+            # the first, and whoever plays resets again.
             env.reset(seed=0)
         yield env
 
@@ -1228,10 +1243,15 @@ def check_environment(env_id: str, film: bool = False) -> Any:
 
 
 def play_episode(
-    policy: Any, env_id: str, seed: int, stop: Sequence[int] = (), frames: list[Any] | None = None
+    policy: nn.Module,
+    env_id: str,
+    seed: int,
+    stop: Sequence[int] = (),
+    frames: list[Any] | None = None,
 ) -> float:
     """The undiscounted return of an episode, a function of policy and seed alone.
 
+    The policy is played on the CPU, in evaluation mode.
     ``stop`` is the list that ``stop_signals`` fills meanwhile: a signal in it ends the episode.
     ``frames`` receives pictures of the first ten seconds.
 
@@ -1241,6 +1261,7 @@ def play_episode(
     import gymnasium
     from PIL import Image
 
+    actor: Any = copy.deepcopy(policy).cpu().eval()
     total = 0.0
     try:
         with (
@@ -1256,7 +1277,7 @@ def play_episode(
                 if frames is not None and t < 600 and t % 3 == 0:  # 20 of the 60 in a second
                     image = Image.fromarray(env.render())
                     frames.append(image.quantize(64, dither=Image.Dither.NONE))
-                observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
+                observation, reward, terminated, truncated, _ = env.step(actor.act(observation))
                 if not np.isfinite(observation).all():
                     raise ValueError(f"step {t + 1} gives {observation}")
                 total += float(reward)
@@ -1268,11 +1289,6 @@ def play_episode(
     return total
 
 
-def actor_of(policy: nn.Module) -> Any:
-    """A copy of the policy, on the CPU and in evaluation mode, to play with."""
-    return copy.deepcopy(policy).cpu().eval()
-
-
 def evaluate(
     policy: nn.Module, config: Config, step: int, stop: Sequence[int] = ()
 ) -> dict[str, float]:
@@ -1282,11 +1298,10 @@ def evaluate(
     ``stop`` ends them at once; the row is empty then.
     """
     env_id = environment_id(config)
-    actor = actor_of(policy)
     seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.eval_episodes)
     episodes = []
     for seed in seeds.tolist():
-        episodes.append(play_episode(actor, env_id, seed, stop))
+        episodes.append(play_episode(policy, env_id, seed, stop))
         if stop:
             return {}
     returns = np.array(episodes)
@@ -1310,8 +1325,7 @@ def evaluate(
 def film(path: Path, policy: nn.Module, config: Config) -> None:
     """Write a GIF of the first ten seconds of an episode."""
     frames: list[Any] = []
-    actor = actor_of(policy)
-    play_episode(actor, environment_id(config), config.seed, frames=frames)
+    play_episode(policy, environment_id(config), config.seed, frames=frames)
     gif = io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
     write_whole(path, gif.getvalue())
@@ -1417,11 +1431,9 @@ class Log:
 def processor() -> str:
     """The name of this machine's processor, where the system tells it."""
     information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.machine()
+    text = information.read_text() if information.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    return name[1] if name else platform.machine()
 
 
 def commit() -> str:
@@ -1463,7 +1475,7 @@ def write_provenance(
     for module in {__name__, type(agent).__module__}:
         source = getattr(sys.modules.get(module), "__file__", None)  # a notebook has none
         if source:
-            shutil.copyfile(source, code / Path(source).name)
+            write_whole(code / Path(source).name, Path(source).read_bytes())
     settings = dataclasses.asdict(config) | {"processes": [*processes, process]}
     write_whole(path, json.dumps(settings, indent=2).encode())
 
@@ -1480,8 +1492,7 @@ def save_checkpoint(
         "version": CHECKPOINT_VERSION,
         "config": json.dumps(dataclasses.asdict(config)),
         "checksum": checksum,  # of the data
-        "rows": history.rows,
-        "sums": history.sums,
+        "history": vars(history),
         "step": agent.steps,
         "agent_class": type(agent).__name__,
         "agent": agent.training_state(),
@@ -1499,11 +1510,8 @@ def save_checkpoint(
 def config_from_json(text: str) -> Config:
     """Saved settings. One that is new since then has its default, one that is gone is dropped."""
     known = {setting.name for setting in dataclasses.fields(Config)}
-    values = {name: value for name, value in json.loads(text).items() if name in known}
-    for name, value in values.items():
-        if isinstance(value, list):  # JSON has no tuples
-            values[name] = tuple(value)
-    return Config(**values)
+    saved = json.loads(text).items()
+    return Config(**{name: with_tuples(value) for name, value in saved if name in known})
 
 
 def load_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -1676,7 +1684,7 @@ def torch_settings(config: Config) -> Iterator[None]:
     """Context in which torch works with the threads and the precision of ``config``."""
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or threads)
     torch.set_float32_matmul_precision(config.matmul_precision)
     try:
         yield
@@ -1697,7 +1705,7 @@ def folder_of(config: Config) -> Path:
     """The folder of the run, which need not be there."""
     if config.resume:
         return Path(config.resume)
-    words = "-".join([Path(config.dataset).stem, *varied_words(config)])[:150]
+    words = "-".join([Path(config.dataset).stem, *varied_words(config)])[:200]
     name = f"{words}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     return Path(config.out_dir, config.name or re.sub(r"[^\w.+-]", "_", name))
 
@@ -1715,7 +1723,7 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
 
 
 def find_run(config: Config, stack: contextlib.ExitStack) -> tuple[Path, dict[str, Any] | None]:
-    """The run's folder, and its checkpoint; None of a new run.
+    """The run's folder, and its checkpoint; None for a new run.
 
     A folder with a checkpoint stays locked until the ``stack`` ends. A run that is there under the
     same ``name`` goes on, so a queue may start a job again by the same command. Raises InputError
@@ -1773,8 +1781,9 @@ def restore(
     env_id = environment_id(saved)
     if checkpoint["checksum"] != checksum:
         raise InputError(
-            f"{run} was trained on other data than {dataset.name} holds now; put those back, or"
-            f" name their file, as in its config.json: --dataset FILE --env-id {env_id}"
+            f"{run} was trained on other data than {dataset.name} holds now, or they were read with"
+            " another max_episode_steps; put those back, or name their file, as in its config.json:"
+            f" --dataset FILE --env-id {env_id}"
         )
     if environment_id(config) != env_id:
         raise InputError(
@@ -1807,8 +1816,10 @@ def restore(
     torch.set_rng_state(checkpoint["random_state"])
     if not agent.on_cpu and checkpoint["cuda_random_state"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_random_state"], agent.device)
-    sums = {name: (total.to(agent.device), n) for name, (total, n) in checkpoint["sums"].items()}
-    return History(checkpoint["rows"], sums)
+    history = History(**checkpoint["history"])
+    for name, (total, count) in history.sums.items():
+        history.sums[name] = total.to(agent.device), count
+    return history
 
 
 def check_finite(agent: CIQL, history: History, data: Transitions) -> None:
@@ -1856,32 +1867,17 @@ def accelerate(agent: CIQL, prepared: Transitions, stack: contextlib.ExitStack) 
     compiling = "; compiling takes up to a minute the first time" if c.compile else ""
     say(f"agent  {type(agent).__name__}, {where}{compiling}")
     with_meter = agent.on_cpu and c.alpha > 0
-    # Beside the losses no random numbers may be drawn: which drew first would be left to chance.
-    beside = with_meter and c.threads > 1 and not agent.gaps_draw(prepared)
-    if beside:  # half of the threads each
+    # If the gaps draw random numbers, say, it would be left to chance if they or the losses do it
+    # first. Else they can be measured beside them, with half of the threads each.
+    beside = with_meter and c.threads > 1 and not agent.gaps_have_effects(prepared)
+    if beside:
         torch.set_num_threads(c.threads // 2)
     if c.compile:
         agent.compile_losses(prepared)
         # A call that fits none of the graphs, should there be one, runs eagerly.
         stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
     if with_meter:
-        agent.meter = GapMeter(agent, beside)
-        stack.enter_context(agent.meter.thread)
-
-
-@contextlib.contextmanager
-def saving_on_error(save: Callable[[], None], folder: Path, how_to_go_on: str) -> Iterator[None]:
-    """Context in which an error saves the run, if that is possible; a full disk gets a hint."""
-    try:
-        yield
-    except Exception as error:
-        with contextlib.suppress(OSError, FloatingPointError):  # the first error is reported
-            save()
-        if isinstance(error, OSError):
-            is_saved = (folder / "checkpoint.pt").exists()
-            remedy = f"go on with {how_to_go_on}" if is_saved else "start it again"
-            error.add_note(f"mend that, then {remedy}")
-        raise
+        agent.meter = make_meter(agent, beside, stack)
 
 
 def train(
@@ -1927,7 +1923,8 @@ def train(
         prepared = agent.prepare(dataset.transitions)
         agent.check_optimizers()
         with torch.random.fork_rng([]):  # a policy that cannot act shall not be trained first
-            actor_of(agent.evaluated_policy()).act(dataset.transitions.observations[0].numpy())
+            actor: Any = copy.deepcopy(agent.evaluated_policy()).cpu().eval()
+            actor.act(dataset.transitions.observations[0].numpy())
         history = History()
         if checkpoint:
             history = restore(checkpoint, config, dataset, checksum, agent)
@@ -1968,7 +1965,7 @@ def train(
         while True:
             # What is due after a step; a run that was stopped in an evaluation begins with it.
             is_last = agent.steps == config.max_steps
-            with saving_on_error(save, folder, how_to_go_on):
+            try:
                 if agent.steps > logged and (is_last or agent.steps % config.log_interval == 0):
                     check_finite(agent, history, prepared)
                     speed = (agent.steps - timed) / (time.perf_counter() - since)
@@ -1987,6 +1984,14 @@ def train(
                         report(row, folder)
                     evaluated = timed = agent.steps
                     since = time.perf_counter()
+            except Exception as error:
+                with contextlib.suppress(OSError, FloatingPointError):  # the first is reported
+                    save()
+                if isinstance(error, OSError):
+                    is_saved = (folder / "checkpoint.pt").exists()
+                    remedy = f"go on with {how_to_go_on}" if is_saved else "start it again"
+                    error.add_note(f"mend that, then {remedy}")
+                raise
             if stop or is_last:
                 break
 
@@ -2046,9 +2051,10 @@ def evaluate_run(config: Config) -> None:
             f"env_id is {env_id}, of {dims} observations and actions, but the policy in"
             f" {config.evaluate} has {tuple(checkpoint['dims'])}"
         )
-    evaluate(policy, config, checkpoint["step"])
-    if config.film:
-        film(Path(config.evaluate, "policy.gif"), policy, config)
+    with torch_settings(config):
+        evaluate(policy, config, checkpoint["step"])
+        if config.film:
+            film(Path(config.evaluate, "policy.gif"), policy, config)
 
 
 def complain(cause: object) -> None:

@@ -201,7 +201,7 @@ def saved_run(folder: Path) -> tuple[dict[str, Any], bool]:
     if not (folder / "checkpoint.pt").exists():
         return {}, False
     checkpoint = ciql.load_checkpoint(folder)
-    evaluated = ciql.last_step(checkpoint["rows"], "return_mean")
+    evaluated = ciql.last_step(checkpoint["history"]["rows"], "return_mean")
     return checkpoint, checkpoint["step"] == evaluated == checkpoint["config"].max_steps
 
 
@@ -333,11 +333,11 @@ def write_results(folder: Path, rows: dict[str, Row]) -> None:
         commits = [process["commit"] for process in settings["processes"]]
         row["commit"] = " ".join(dict.fromkeys(commits))
         row["step"] = checkpoint["step"]
-        for point in checkpoint["rows"]:
+        for point in checkpoint["history"]["rows"]:
             if "return_mean" in point:
                 curves.append({key: row[key] for key in KEYS} | point)
         if is_complete:
-            means = ciql.curve_of(checkpoint["rows"]).means
+            means = ciql.curve_of(checkpoint["history"]["rows"]).means
             row |= figures_of(means, row["env_id"]) | {"state": "complete", "error": ""}
             if not np.isfinite(means).all():
                 row |= {"state": "failed", "error": "a return is NaN or infinite"}

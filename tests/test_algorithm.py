@@ -1,6 +1,7 @@
 """The gradient step against a float64 reference that shares no code with the script."""
 
 import collections
+import contextlib
 import copy
 import itertools
 import math
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ciql_pybullet import CIQL, Config, GapMeter, Transitions, ValueNetwork, move_towards
+from ciql_pybullet import CIQL, Config, Transitions, ValueNetwork, make_meter, move_towards
 
 S = 5  # observation_dim
 A = 3  # action_dim
@@ -151,7 +153,7 @@ def test_steps_are_those_of_the_reference(recipe, where):
     for parameter in itertools.chain(agent.critic.parameters(), agent.target_critic.parameters()):
         parameter.data += 0.3 * torch.randn_like(parameter)  # apart from each other
     if where in ("helper", "in line"):
-        agent.meter = GapMeter(agent, beside=where == "helper")
+        agent.meter = make_meter(agent, where == "helper", contextlib.ExitStack())
     if where == "as on CUDA":
         agent.on_cpu = False
 
@@ -221,12 +223,12 @@ def small(**settings):
     return Config(device="cpu", **(usual | settings))
 
 
-def started(config, make_agent=CIQL):
+def started(config, make_agent=CIQL, beside=True):
     torch.manual_seed(0)
     agent = make_agent(S, A, config)
     agent.prepare(random_data())
     if config.alpha > 0 and agent.on_cpu:
-        agent.meter = GapMeter(agent, beside=True)
+        agent.meter = make_meter(agent, beside, contextlib.ExitStack())
     return agent
 
 
@@ -247,8 +249,7 @@ def test_leaving_out_a_closed_clamp_is_exact(alpha):
     helped = started(small(alpha=alpha))
     history = run_steps(helped, 30)
     assert 0 < np.mean([row["clamp_open"] for row in history]) < 1
-    in_line = started(small(alpha=alpha))
-    in_line.meter.beside = False
+    in_line = started(small(alpha=alpha), beside=False)
     always = started(small(alpha=alpha))
     always.meter = None
     for other in (in_line, always):
@@ -328,18 +329,15 @@ def test_compiled_step(capsys, alpha):
         agent = started(config, Counting)
         before = (copy.deepcopy(agent.state_dict()), torch.get_rng_state())
         seen = agent.seen
-        agent.meter = None
         agent.compile_losses(random_data())
         assert agent.seen is seen and agent.seen == 0
         assert all(torch.equal(t, before[0][name]) for name, t in agent.state_dict().items())
         assert torch.equal(torch.get_rng_state(), before[1])
         # A recompile would be an eager step. Gaps are compiled for the meter alone.
-        if alpha:
-            agent.meter = GapMeter(agent, beside=True)
         with torch.compiler.set_stance("fail_on_recompile"):
             if alpha:
-                agent.meter.start(*agent.example(random_data()))
-                agent.meter.result()
+                agent.meter = make_meter(agent, True, contextlib.ExitStack())
+                agent.meter(*agent.example(random_data()))()
             agent.losses(agent.example(random_data())[0])
             agent.seen.zero_()
         stance = "eager_on_recompile" if alpha else "fail_on_recompile"
@@ -412,3 +410,25 @@ def test_settings_of_a_resumed_optimiser_are_the_configs():
     for group in agent.optimizer.param_groups:
         assert (group["lr"], group["weight_decay"], group["fused"]) == (5e-4, 0.1, True)
         assert all(agent.optimizer.state[p]["step"] == 5 for p in group["params"])
+
+
+class Plateau(CIQL):
+    """A schedule that goes by a figure."""
+
+    def make_optimizer(self, policy, *others):
+        super().make_optimizer(policy, *others)
+        self.schedule = ReduceLROnPlateau(self.optimizer, patience=1)
+
+    def update(self, data):
+        figures = super().update(data)
+        self.schedule.step(0.0)
+        return figures
+
+
+def test_a_resumed_schedule_owns_the_rate():
+    saved = started(small(lr=1e-2), Plateau)
+    run_steps(saved, 5)
+    agent = started(small(lr=1e-2), Plateau)
+    agent.load_training_state(copy.deepcopy(saved.training_state()))
+    rates = [group["lr"] for group in saved.optimizer.param_groups]
+    assert [group["lr"] for group in agent.optimizer.param_groups] == rates != [1e-2, 1e-2]

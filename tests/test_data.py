@@ -156,6 +156,19 @@ def test_ends_a_row_off(tmp_path, capsys, key, shift, misplaced):
     assert (note in capsys.readouterr().out) == (misplaced > 0)
 
 
+def test_rows_in_random_order(tmp_path, capsys):
+    """Their transitions are read, no episodes are told, and a NOTE asks."""
+    rows = {key: np.concatenate([e[key] for e in D4RL]) for key in D4RL[0]}
+    order = np.random.default_rng(0).permutation(11)
+    mixed = write_file(tmp_path / "data.hdf5", {key: rows[key][order] for key in rows})
+    dataset = ciql.read_dataset(mixed, max_episode_steps=2)
+    assert len(dataset.returns) == len(dataset.lengths) == 0
+    assert dataset.transitions.rewards.tolist() == rows["rewards"][order].tolist()
+    assert dataset.transitions.terminations.tolist() == rows["terminals"][order].tolist()
+    ciql.note_ends(dataset, "Lab-v0", limit=2)
+    assert "or the rows in random order?" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------- files that are refused, NOTEs
 def marked(*timeouts):
     """Episodes of 600 steps, of which some have a mark that they were cut."""
@@ -229,7 +242,7 @@ def test_file_larger_than_the_memory(tmp_path, monkeypatch):
     memory = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with refused(
-        "data.hdf5: cannot be read (132 rows need 31,680 bytes of memory, 1,000 are free)"
+        "data.hdf5: cannot be read (132 rows need 42,240 bytes of memory, 1,000 are free)"
     ):
         ciql.read_dataset("data.hdf5")
 
@@ -367,6 +380,8 @@ UNFITTING = {
     ),
     "dict": (own_transitions()._asdict(), "data is a dict, but must be Transitions"),
     "words": (own_transitions(rewards=["a"] * 6), "rewards is no array of numbers"),
+    "sparse": (own_transitions(rewards=torch.ones(6).to_sparse()), "rewards is no array of"),
+    "no data": (own_transitions(rewards=torch.ones(6, device="meta")), "rewards is no array of"),
 }
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pooch
@@ -48,6 +49,15 @@ PUBLISHED = ciql.Config.dataset  # of which there is a sample
 def test_bad_setting(settings, named):
     with refused(named):
         ciql.check(ciql.Config(**settings))
+
+
+@pytest.mark.parametrize("value", [[1, 2], {1: 2}, {"a"}, Path("a"), ((1, 2), [3])])
+def test_setting_of_ones_own_that_a_run_could_not_save(monkeypatch, value):
+    fields = [("mine", object, dataclasses.field(default_factory=lambda: value))]
+    kind = dataclasses.make_dataclass("Config", fields, bases=(ciql.Config,), frozen=True)
+    monkeypatch.setattr(ciql, "Config", kind)
+    with refused("mine is ", "which cannot be: "):
+        ciql.check(kind())
 
 
 def test_settings_of_a_subclass():
@@ -263,7 +273,7 @@ def test_diverging_run_stops(lab, command):
     """Before it saves; the message names the cause."""
     code, _, error = command(*LAB_FLAGS, "--lr", "1e30")
     assert code == 1 and error.count("\n") == 1
-    assert "NaN or infinite up to step 10; lower lr" in error
+    assert "value_loss, q_loss" in error and "NaN or infinite up to step 10; lower lr" in error
     assert not list(lab.glob("runs/*/checkpoint.pt"))
 
 
@@ -333,7 +343,7 @@ def test_environment_that_fails_later(misbehave, command, deed):
         command(*LAB_FLAGS, "--name", "run")
     checkpoint = ciql.load_checkpoint("runs/run")
     assert checkpoint["step"] == 40
-    assert [row["step"] for row in checkpoint["rows"] if "return_mean" in row] == [20]
+    assert [row["step"] for row in checkpoint["history"]["rows"] if "return_mean" in row] == [20]
     misbehave(1000, None)
     _, curve = ciql.train(lab_config(name="run"))
     _, whole = ciql.train(lab_config(name="whole"))

@@ -12,7 +12,7 @@ from conftest import ROOT, own_transitions
 from torch import nn
 
 import ciql_pybullet
-from ciql_pybullet import CIQL, Config, GapMeter, QNetworks
+from ciql_pybullet import CIQL, Config, QNetworks
 
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,6 +149,21 @@ class SampledGaps(CIQL):
         return super().gaps(critic, batch, (mean + noise).clamp(-1, 1).detach())
 
 
+class SharedStatistics(CIQL):
+    """``losses`` and ``gaps`` both move the running statistics of a network."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.norm = nn.BatchNorm1d(S, affine=False)
+
+    def losses(self, batch):
+        return super().losses(batch._replace(observations=self.norm(batch.observations)))
+
+    def gaps(self, critic, batch, negative_actions):
+        shifted = batch._replace(observations=self.norm(batch.observations + 1))
+        return super().gaps(critic, shifted, negative_actions)
+
+
 def model_of_the_readme():
     """The README's example: a network more, whose loss is a column."""
     (code,) = re.findall(r"```python\n(import torch\nfrom ciql.*?)\ntrain\(", README, re.DOTALL)
@@ -161,10 +176,10 @@ OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in 
 IDEAS = [*OWN, model_of_the_readme(), variants.AveragedPolicy]
 
 
-def make(idea):
+def make(idea, **settings):
     """An agent as ``train`` makes it, and its data."""
     torch.manual_seed(0)
-    agent = idea(S, A, CONFIG)
+    agent = idea(S, A, Config(**vars(CONFIG) | settings))
     data = agent.prepare(own_transitions(300, S, A))
     agent.check_optimizers()
     return agent, data
@@ -183,8 +198,8 @@ def assert_same(one, other):
         assert torch.equal(left, right), name
 
 
-def measure_beside(agent, data):
-    """As a run with two threads does, if it can."""
+def accelerated(agent, data):
+    """With two threads the gaps are measured beside the losses, if they can be."""
     ciql_pybullet.accelerate(agent, data, contextlib.ExitStack())
 
 
@@ -192,7 +207,7 @@ def measure_beside(agent, data):
 def eager_run(idea):
     """The agent after a hundred steps with the helper, and what they reported."""
     agent, data = make(idea)
-    measure_beside(agent, data)
+    accelerated(agent, data)
     return agent, take_steps(agent, data, 100)
 
 
@@ -202,18 +217,20 @@ def test_idea_is_exact(idea):
     agent, history = eager_run(idea)
     again, data = make(idea)
     before = copy.deepcopy(again)
-    measure_beside(again, data)
+    accelerated(again, data)
     assert take_steps(again, data, 100) == history
     assert_same(agent, again)
     for (name, old), new in zip(before.named_parameters(), again.parameters(), strict=True):
         assert not (old.requires_grad and torch.equal(old, new)), name
 
-    resumed, data = make(idea)
-    resumed.meter = GapMeter(resumed, beside=False)
-    resumed.load_training_state(copy.deepcopy(agent.training_state()))
-    assert resumed.steps == 100
-    assert take_steps(resumed, data, 10, seed=2) == take_steps(again, data, 10, seed=2)
-    assert_same(again, resumed)
+    expected = take_steps(again, data, 10, seed=2)
+    for threads in (1, 2):  # the gaps are measured in line, or beside the losses
+        resumed, data = make(idea, threads=threads)
+        resumed.load_training_state(copy.deepcopy(agent.training_state()))
+        assert resumed.steps == 100
+        accelerated(resumed, data)
+        assert take_steps(resumed, data, 10, seed=2) == expected
+        assert_same(again, resumed)
 
 
 @pytest.mark.parametrize("idea", IDEAS)
@@ -226,19 +243,23 @@ def test_traced_idea(idea, monkeypatch):
     agent, data = make(idea)
     agent.compile_losses(data)
     assert "losses" in vars(agent)
-    measure_beside(agent, data)
+    accelerated(agent, data)
     with torch.compiler.set_stance("eager_on_recompile"):
         history = take_steps(agent, data, 100)
     for traced_row, row in zip(history, eager_run(idea)[1], strict=True):
         assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(("idea", "threads"), [(CIQL, 1), (SampledGaps, 2)])
-def test_gaps_that_draw(idea, threads):
-    """Not beside the losses: which drew first would be left to chance. The trial draws nothing."""
+EFFECTS = {CIQL: 1, SpectralCritic: 1, SampledGaps: 2, SharedStatistics: 2}
+
+
+@pytest.mark.parametrize(("idea", "threads"), EFFECTS.items())
+def test_gaps_with_effects(idea, threads):
+    """Not beside the losses: it would be left to chance which come first. A trial tells."""
     agent, data = make(idea)
-    before = torch.get_rng_state()
+    before = (torch.get_rng_state(), copy.deepcopy(agent))
     torch.set_num_threads(2)
-    measure_beside(agent, data)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (agent.meter.beside, torch.get_num_threads()) == (idea is CIQL, threads)
+    accelerated(agent, data)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert_same(agent, before[1])
+    assert torch.get_num_threads() == threads

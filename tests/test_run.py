@@ -51,7 +51,7 @@ def read_until(process, words):
 def saved(folder, *keys):
     """Parts of a run's checkpoint as text, to the last bit; the speed is left out."""
     checkpoint = ciql.load_checkpoint(folder)
-    for row in checkpoint["rows"]:
+    for row in checkpoint["history"]["rows"]:
         row.pop("steps_per_second", None)
     return json.dumps([checkpoint[key] for key in keys], default=torch.Tensor.tolist)
 
@@ -59,7 +59,7 @@ def saved(folder, *keys):
 def assert_same_run(one, other):
     """Two run folders hold the same curve, weights, averages and random state, to the bit."""
     assert metrics(one) == metrics(other)
-    keys = ("step", "rows", "sums", "agent", "policy", "random_state")
+    keys = ("step", "history", "agent", "policy", "random_state")
     assert saved(one, *keys) == saved(other, *keys)
 
 
@@ -260,7 +260,7 @@ def test_losses_may_report_nothing(lab):
 
 def test_figures_are_means_of_the_steps_that_reported_them(lab):
     folder, _ = ciql.train(lab_config(), make_agent=Figures)
-    row = ciql.load_checkpoint(folder)["rows"][0]
+    row = ciql.load_checkpoint(folder)["history"]["rows"][0]
     assert (row["number"], row["sometimes"], row["mine"]) == (0.5, 7, row["v"])
     assert row["small"] == 200
 
@@ -428,6 +428,8 @@ def test_what_a_resumed_run_may_change(lab, monkeypatch, succeeds):
     rows = metrics(lab / "runs/run")
     assert [row["step"] for row in rows[-4:]] == ["50", "50", "60", "60"]
     assert [bool(row["reward"]) for row in rows[-4:]] == [False, False, True, False]
+    processes = json.loads((lab / "runs/run/config.json").read_text())["processes"]
+    assert [process["from_step"] for process in processes] == [0, 40, 50]
     assert all(None not in row and len(row) == len(rows[0]) for row in rows)
 
 
