@@ -125,7 +125,8 @@ def serve_steps(connection, alpha, settings):
             torch.set_num_threads(2)
             step = Textbook(ready, alpha).step
         else:
-            accelerate(agent, ready, stack)
+            with contextlib.redirect_stdout(None):  # its line is no row of the table
+                accelerate(agent, ready, stack)
         while True:
             count = connection.recv()
             start = time.perf_counter()
