@@ -560,7 +560,7 @@ class CIQL(nn.Module):
         self,
         batch: Transitions,
         negative_actions: Tensor,
-        measured: Callable[[], Tensor] | None = None,
+        measured: Callable[[], Tensor] | None,
     ) -> Tensor:
         """Add the gradient of the penalty to that of the losses; returns the gaps, (num_q,).
 
@@ -622,13 +622,15 @@ class CIQL(nn.Module):
     @torch.no_grad()
     def gaps_have_effects(self, data: Transitions) -> bool:
         """Do ``gaps`` draw random numbers, or change networks besides the critic they are given?"""
-        trial = copy.deepcopy(self)
+        networks = copy.deepcopy(self.state_dict())
         with torch.random.fork_rng([]):
             random_state = torch.get_rng_state()
-            trial.gaps(copy.deepcopy(self.critic), *self.example(data))
-            draws = not torch.equal(torch.get_rng_state(), random_state)
-        networks = self.state_dict()
-        return draws or not all(torch.equal(t, networks[n]) for n, t in trial.state_dict().items())
+            self.gaps(copy.deepcopy(self.critic), *self.example(data))
+            same = torch.equal(torch.get_rng_state(), random_state)
+        for name, tensor in self.state_dict().items():
+            same = same and torch.equal(tensor, networks[name])
+        self.load_state_dict(networks)
+        return not same
 
     def compile_losses(self, data: Transitions) -> None:
         """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
