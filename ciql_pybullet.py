@@ -798,12 +798,13 @@ def check_columns(columns: Columns, name: str) -> Columns:
         dimensions = 2 if key.endswith(("observations", "actions")) else 1
         if dimensions == 1 and column.shape[1:] == (1,):  # stored as (N, 1) or (N,)
             column = column[:, 0]
-        rows = columns["observations"].shape[:1]
-        if column.ndim != dimensions or column.shape[:1] != rows:
+        observations = columns["observations"].shape
+        fits = column.ndim == dimensions and column.shape[:1] == observations[:1]
+        if not fits or (key == "next_observations" and column.shape != observations):
             expected = "(N,)" if dimensions == 1 else "(N, dim)"
             raise InputError(
-                f"{name}: {key} of shape {column.shape} do not fit; they must be of {expected}, N"
-                " as for observations"
+                f"{name}: {key} of shape {column.shape} do not fit; they must be of {expected}, and"
+                f" observations are of {observations}"
             )
         if not np.isfinite(column).all():
             raise InputError(f"{name}: {key} holds NaN or infinite values; remove those episodes")

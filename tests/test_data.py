@@ -201,6 +201,10 @@ BAD_FILES = {
     "one observation": (hopper(observations=1), "observations of shape () do not fit"),
     "short rewards": (hopper(rewards=HALF[1:]), "shape (131,)"),
     "wide rewards": (hopper(rewards=np.ones((132, 2))), "shape (132, 2)"),
+    "narrow successors": (
+        hopper(timeouts=0 * HALF, next_observations=np.ones((132, 14))),
+        "next_observations of shape (132, 14) do not fit",
+    ),
     "timeout of a half": (hopper(timeouts=HALF), "timeouts holds values other than 0 and 1"),
     "infinity": (hopper(rewards=np.r_[0, np.inf, np.zeros(130)]), "rewards holds NaN or"),
     "no rows": (first_rows(0), "holds 0 transitions, but training needs two"),
@@ -365,6 +369,7 @@ S_AND_NEXT = torch.randn(6, 15)
 SAME = {"observations": S_AND_NEXT, "next_observations": S_AND_NEXT}
 UNFITTING = {
     "other observations": (own_transitions(observation_dim=14), "(14,), but (15,) fits the"),
+    "other successors": (own_transitions(next_observations=torch.ones(6, 14)), "(6, 14) do not"),
     "NaN": (own_transitions(rewards=torch.full((6,), np.nan)), "rewards holds NaN"),
     "half an end": (
         own_transitions(terminations=torch.full((6,), 0.5)),
