@@ -1636,7 +1636,10 @@ def draw(paths: Sequence[Path], curve: Curve, title: str, dataset: Dataset, env_
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     final, count = final_return(curve.means)
-    label = f"evaluations; final {final:.0f} is\nthe mean of the last {count}"
+    total = len(curve.means)
+    label = (
+        f"evaluations; final {final:.0f} is\nthe mean of the last {count} of {total} evaluations"
+    )
     axes.plot(curve.steps, curve.means, "o-", markersize=3, label=label)
     steps = np.repeat(curve.steps, [len(returns) for returns in curve.returns])
     episodes = np.concatenate(curve.returns)
