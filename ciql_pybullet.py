@@ -620,17 +620,13 @@ class CIQL(nn.Module):
         return batch, batch.actions.new_zeros(c.batch_size, c.num_neg, self.action_dim)
 
     @torch.no_grad()
-    def gaps_have_effects(self, data: Transitions) -> bool:
-        """Do ``gaps`` draw random numbers, or change networks besides the critic they are given?"""
-        networks = copy.deepcopy(self.state_dict())
+    def critic_draws(self, data: Transitions) -> bool:
+        """Does the critic draw random numbers, for dropout say?"""
+        batch, _ = self.example(data)
         with torch.random.fork_rng([]):
             random_state = torch.get_rng_state()
-            self.gaps(copy.deepcopy(self.critic), *self.example(data))
-            same = torch.equal(torch.get_rng_state(), random_state)
-        for name, tensor in self.state_dict().items():
-            same = same and torch.equal(tensor, networks[name])
-        self.load_state_dict(networks)
-        return not same
+            copy.deepcopy(self.critic)(batch.observations, batch.actions)
+            return not torch.equal(torch.get_rng_state(), random_state)
 
     def compile_losses(self, data: Transitions) -> None:
         """Compile ``losses`` and ``gaps`` for batches of ``data``, or say why that cannot be done.
@@ -645,6 +641,8 @@ class CIQL(nn.Module):
         losses = torch.compile(type(self).losses, fullgraph=True, **how)
         gaps = torch.compile(type(self).gaps, fullgraph=True, **how)
         try:
+            if vars(self).keys() & {"losses", "gaps"}:
+                raise TypeError("losses and gaps are set on the agent; define them in its class")
             trial = copy.deepcopy(self)
             with torch.random.fork_rng([] if self.on_cpu else [self.device]):
                 losses(trial, batch)[0].backward()
@@ -1873,9 +1871,11 @@ def accelerate(agent: CIQL, prepared: Transitions, stack: contextlib.ExitStack) 
     compiling = "; compiling takes up to a minute the first time" if c.compile else ""
     say(f"agent  {type(agent).__name__}, {where}{compiling}")
     with_meter = agent.on_cpu and c.alpha > 0
-    # If the gaps draw random numbers, say, it would be left to chance if they or the losses do it
-    # first. Else they can be measured beside them, with half of the threads each.
-    beside = with_meter and c.threads > 1 and not agent.gaps_have_effects(prepared)
+    beside = with_meter and c.threads > 1
+    # Gaps of your own may change what the losses read, and a critic may draw random numbers: then
+    # it would be left to chance which come first. Else both have half of the threads.
+    if beside and (type(agent).gaps is not CIQL.gaps or agent.critic_draws(prepared)):
+        beside = False
     if beside:
         torch.set_num_threads(c.threads // 2)
     if c.compile:

@@ -250,12 +250,12 @@ def test_traced_idea(idea, monkeypatch):
         assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
 
 
-EFFECTS = {CIQL: 1, SpectralCritic: 1, SampledGaps: 2, SharedStatistics: 2}
+EFFECTS = {CIQL: 1, SpectralCritic: 1, OtherLayers: 2, SampledGaps: 2, SharedStatistics: 2}
 
 
 @pytest.mark.parametrize(("idea", "threads"), EFFECTS.items())
-def test_gaps_with_effects(idea, threads):
-    """Not beside the losses: it would be left to chance which come first. A trial tells."""
+def test_what_is_measured_beside(idea, threads):
+    """Not gaps of your own, nor draws: it would be left to chance which come first."""
     agent, data = make(idea)
     before = (torch.get_rng_state(), copy.deepcopy(agent))
     torch.set_num_threads(2)
