@@ -824,7 +824,8 @@ def read_columns(path: Path) -> tuple[Columns, str]:
             if needed > free:
                 rows = len(file["rewards"])
                 raise MemoryError(
-                    f"{rows:,} rows need {needed:,} bytes of memory, {free:,} are free"
+                    f"{rows:,} rows need {needed:,} bytes of memory, {free:,} are free: take a part"
+                    " of the file"
                 )
             columns = {key: np.asarray(file[key], np.float32) for key in keys}
             source = str(file.attrs.get("source", ""))
@@ -925,7 +926,10 @@ def as_d4rl(path: Path, columns: Columns, max_episode_steps: int) -> Columns:
 def make_dataset(
     name: str, columns: Columns, rows: int, layout: str, source: str, max_episode_steps: float
 ) -> Dataset:
-    """The transitions and the episodes in the columns of a file in D4RL's layout."""
+    """The transitions and the episodes in columns of D4RL's layout.
+
+    Raises InputError, with ``name``, for an episode longer than ``max_episode_steps``.
+    """
     is_end = (columns["terminals"] == 1) | (columns["timeouts"] == 1)
     misplaced_ends = 0
     is_shuffled = False
