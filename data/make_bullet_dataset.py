@@ -15,8 +15,8 @@ zero action, the last reward, terminal 1, at the time limit as well as after a f
     python data/make_bullet_dataset.py --id hopper-bullet-medium-v0 hopper-bullet-mixed-v0
 """
 
-import datetime
 import importlib.metadata
+import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ ROBOTS = {
     "ant": ("AntBulletEnv-v0", 600.0, 10),
 }
 KINDS = ("random", "medium", "mixed")
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Recipe:
     window: int | None = None  # ... on average of this many episodes; none: the robot's own
     max_steps: int = 1_000_000  # give up learning after this many environment steps
     rows: int = 200_000  # rows of a random or medium file
+    mixed_rows: int | None = None  # a mixed file keeps episodes, evenly, of about so many; none: all
     seed: int = 0  # of the networks, the environment and the sampling
 
 
@@ -67,7 +69,7 @@ class Recorder(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
         env.reset()  # the first episode's rewards are off by a constant: it is thrown away
-        self.rows: list[dict[str, Any]] = []
+        self.rows: Rows = []
         self.returns: list[float] = []  # of the whole episodes
 
     def add_row(self, action: Any, terminal: float) -> None:
@@ -89,6 +91,20 @@ class Recorder(gymnasium.Wrapper):
             self.add_row(np.zeros_like(action), 1.0)
             self.returns.append(self.total)
         return self.observation, reward, terminated, truncated, info
+
+    def episodes(self) -> list[Rows]:
+        """The whole episodes, and the rows of the one that goes on."""
+        ends = [number for number, row in enumerate(self.rows, 1) if row["terminals"] == [1.0]]
+        bounds = [0, *ends, len(self.rows)]
+        return [self.rows[start:end] for start, end in itertools.pairwise(bounds)]
+
+    def thin(self, rows: int) -> None:
+        """Keep whole episodes, evenly, of about ``rows`` rows."""
+        *episodes, _ = self.episodes()
+        share = min(1.0, rows / len(self.rows))
+        kept = [n for n in range(len(episodes)) if int((n + 1) * share) > int(n * share)]
+        self.rows = [row for n in kept for row in episodes[n]]
+        self.returns = [self.returns[n] for n in kept]
 
     def write(self, path: Path, source: str, limit: int | None = None) -> None:
         """Write the first ``limit`` rows (None: all); a file of that name is whole."""
@@ -175,7 +191,7 @@ def main(recipe: Recipe) -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     source = (
         f"re-collected after d4rl-pybullet's recipe in {env_id}, seed {recipe.seed},"
-        f" {versions}, {datetime.date.today()}"
+        f" {versions}"
     )
     if "random" in paths:
         played = play(sac, env_id, recipe.rows, deterministic=False, seed=recipe.seed + 10_000)
@@ -192,7 +208,11 @@ def main(recipe: Recipe) -> None:
     reached = f"{np.mean(recorder.returns[-window:]):.1f} over {window} episodes"
     learned = f"SAC stopped at {reached} after {len(recorder.rows):,} rows (level {level:g})"
     if "mixed" in paths:
-        recorder.write(paths["mixed"], f"{source}; replay of {learned}")
+        kept = ""
+        if recipe.mixed_rows:
+            recorder.thin(recipe.mixed_rows)
+            kept = f", of which {len(recorder.returns)} whole episodes are kept, evenly"
+        recorder.write(paths["mixed"], f"{source}; replay of {learned}{kept}")
     if "medium" in paths:
         played = play(sac, env_id, recipe.rows, deterministic=True, seed=recipe.seed + 20_000)
         played.write(paths["medium"], f"{source}; mean action of {learned}", recipe.rows)
