@@ -618,7 +618,10 @@ def train(
     return run.folder, evaluations
 
 
-say = tqdm.write  # prints a line of the log on stdout, above the progress bar if there is one
+def say(line: str) -> None:
+    """Print a line of the log on stdout, above the progress bar if there is one."""
+    with contextlib.suppress(OSError):  # after a hangup there is no terminal, but the run is saved
+        tqdm.write(line)
 
 
 # ------------------------------------------------------------------------------------------ machine
