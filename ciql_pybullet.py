@@ -1113,10 +1113,7 @@ def write_film(path: Path, policy: nn.Module, config: Config) -> None:
 
     frames: list[np.ndarray] = []
     play_episode(policy, environment_id(config), config.seed, frames)
-    images = []
-    for frame in frames:
-        image = Image.fromarray(frame)
-        images.append(image.quantize(64, dither=Image.Dither.NONE))
+    images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
     say(f"film   {path}")
 
@@ -1215,7 +1212,7 @@ class Run:
         checkpoint = load_checkpoint(self.folder)
         saved = checkpoint["facts"]
         for name, value in self.facts.items():
-            was = saved.get(name, getattr(Config, name, value))
+            was = saved.get(name, getattr(Config, name, value))  # it may be a new setting
             if was != value and name not in NEUTRAL_SETTINGS:
                 raise InputError(
                     f"{self.folder} is of {name} {was}, not {value}; start another run"
@@ -1435,21 +1432,24 @@ def plot_returns(run: Run) -> None:
 
 
 # ----------------------------------------------------------------------------------------- commands
+AT_LEAST_ONE = (
+    "num_neg",
+    "max_weight",
+    "batch_size",
+    "max_steps",
+    "log_interval",
+    "eval_interval",
+    "eval_episodes",
+)
 RANGES = {  # the smallest and the largest value that make sense
     "seed": (0, 2**32 - 1),
     "gamma": (0, 1),
     "tau": (0.001, 0.999),
     "beta": (0, 1e6),
     "alpha": (0, 1e6),
-    "num_neg": (1, 1e6),
     "polyak": (1e-6, 1),
-    "max_weight": (1, 1e30),
     "lr": (1e-12, 1e3),
-    "batch_size": (1, 1e9),
-    "max_steps": (1, 1e12),
-    "log_interval": (1, 1e12),
-    "eval_interval": (1, 1e12),
-    "eval_episodes": (1, 1e6),
+    **dict.fromkeys(AT_LEAST_ONE, (1, 1e15)),
 }
 
 

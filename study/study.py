@@ -2,7 +2,7 @@
 
     python study/study.py --methods CIQL IQL cloning --seeds 0 1 2 --study runs/methods
     python study/study.py --seeds 0 1 2 --grid alpha 0 1 --max-steps 50000 --study runs/penalty
-    python study/study.py --summarize runs/methods
+    python study/study.py --summarize runs/methods runs/penalty
 
 A study is every combination of data sets, methods, settings and seeds. The same command again
 skips the runs that are complete and resumes the others; with more seeds, values, data sets or
@@ -11,8 +11,8 @@ methods it trains only what is new.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pandas as pd
 import ray
@@ -33,7 +34,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import variants
-from tables import KEYS, figures_of, summarize
+from tables import KEYS, draw, figures_of, summarize
 
 import ciql_pybullet as ciql
 from ciql_pybullet import Config, InputError
@@ -51,13 +52,13 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     ray_address: str = ""  # of a Ray cluster, auto or HOST:PORT; none: this machine
     gpu_share: float = 0.25  # of a GPU per run, where there is one
-    summarize: str = ""  # train nothing: print and draw the results in this study's folder again
+    summarize: tuple[Path, ...] = ()  # train nothing: print the results in these studies' folders
     baseline: str = ""  # with --summarize: the method that differences are to; none: the first
 
 
 Row = dict[str, Any]  # of summary.csv, with these columns after the keys and what varies:
-COLUMNS = ["state", "step", "final_return", "evaluations", "curve_mean", "score"]
-COLUMNS += ["env_id", "data_return", "commit", "folder", "error"]
+COLUMNS = ["state", "step", "final_return", "evaluations", "score"]
+COLUMNS += ["env_id", "data_return", "version", "folder", "error"]
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Run:
     method: str
     config: Config
     row: Row
-    checksum: int = 0  # of its data
+    checksum: str = ""  # of its data
 
 
 def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
@@ -155,7 +156,7 @@ def parse(arguments: Sequence[str]) -> tuple[Study, dict[str, Run]]:
 
 def add_data(runs: dict[str, Run]) -> None:
     """Find and check the data of each run, and note them there. Raises InputError."""
-    found: dict[Config, tuple[Config, int, Row]] = {}
+    found: dict[Config, tuple[Config, str, Row]] = {}
     for run in runs.values():
         c = run.config
         key = Config(c.dataset, c.env_id, c.max_episode_steps)
@@ -163,7 +164,7 @@ def add_data(runs: dict[str, Run]) -> None:
             env_id = ciql.environment_id(key)
             file = ciql.find_dataset(key.dataset)
             here = dataclasses.replace(key, dataset=str(file.absolute()), env_id=env_id)
-            data = ciql.load_dataset(here, ciql.check_environment(env_id))
+            data = ciql.load_dataset(here)
             row = {"env_id": env_id, "data_return": pd.Series(data.returns).mean()}
             if data.source and key.dataset in ciql.DATASETS:
                 row["dataset"] = f"{key.dataset} (re-collected)"
@@ -201,28 +202,46 @@ def saved_run(folder: Path) -> tuple[dict[str, Any], bool]:
     if not (folder / "checkpoint.pt").exists():
         return {}, False
     checkpoint = ciql.load_checkpoint(folder)
-    evaluated = ciql.last_step(checkpoint["history"]["rows"], "return_mean")
-    return checkpoint, checkpoint["step"] == evaluated == checkpoint["config"].max_steps
+    evaluations = ciql.evaluations_of(checkpoint["rows"])
+    last = evaluations[-1]["step"] if evaluations else 0
+    return checkpoint, checkpoint["step"] == last == checkpoint["config"].max_steps
 
 
-def runs_to_train(runs: dict[str, Run], folder: Path) -> list[Run]:
-    """Those that are not complete. Raises InputError if one that is there would become another."""
-    free = ciql.NEUTRAL_SETTINGS - {"env_id", "max_steps", "eval_interval", "eval_episodes"}
+def facts_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the runs of a method on a data set have in common, besides the seed."""
+    return {
+        name: value
+        for name, value in vars(checkpoint["config"]).items()
+        if name in JUDGED or name not in ciql.NEUTRAL_SETTINGS | {"seed"}
+    } | {"data of checksum": checkpoint["facts"]["data_checksum"]}
+
+
+JUDGED = {"max_steps", "eval_interval", "eval_episodes"}  # neutral settings that make final returns
+
+
+def runs_to_train(runs: dict[str, Run], rows: dict[str, Row], folder: Path) -> list[Run]:
+    """Those that are not complete.
+
+    Raises InputError where a run differs from one that is there, of its method and data set and of
+    any seed, in more than the seed: a table would average the two.
+    """
     rest = []
+    saved = {name: saved_run(folder / name) for name in rows | runs}
     for name, run in runs.items():
-        checkpoint, is_complete = saved_run(folder / name)
-        if not is_complete:
+        if not saved[name][1]:
             rest.append(run)
-        if not checkpoint:
-            continue
-        saved = vars(checkpoint["config"]) | {"data of checksum": checkpoint["checksum"]}
-        facts = vars(run.config) | {"data of checksum": run.checksum}
-        for fact, value in facts.items():
-            if fact not in free and value != saved[fact]:
-                raise InputError(
-                    f"{name} is there already, with {fact} {saved[fact]} and not {value};"
-                    " name another --study"
-                )
+        own = facts_of({"config": run.config, "facts": {"data_checksum": run.checksum}})
+        for other, row in rows.items():
+            checkpoint, _ = saved[other]
+            is_kin = all(row[key] == str(run.row[key]) for key in ("dataset", "method"))
+            if not checkpoint or not is_kin:
+                continue
+            for fact, value in facts_of(checkpoint).items():
+                if own[fact] != value:
+                    raise InputError(
+                        f"{name} has {fact} {own[fact]}, but {other} is there with {value}; name"
+                        " another --study"
+                    )
     return rest
 
 
@@ -320,6 +339,14 @@ def train_runs(runs: list[Run], gpu_share: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------- tables
+def version_of(folder: Path) -> str:
+    """The script that trained a run: the beginning of its text's SHA-256, or several."""
+    digests = set()
+    for path in folder.glob("code-from-step-*/ciql_pybullet.py"):
+        digests.add(hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    return " ".join(sorted(digests))
+
+
 def write_results(folder: Path, rows: dict[str, Row]) -> None:
     """Bring the rows up to date; write summary.csv, and curves.csv, a row per evaluation."""
     curves = []
@@ -329,18 +356,14 @@ def write_results(folder: Path, rows: dict[str, Row]) -> None:
         checkpoint, is_complete = saved_run(folder / name)
         if not checkpoint:
             continue
-        settings = json.loads((folder / name / "config.json").read_text())
-        commits = [process["commit"] for process in settings["processes"]]
-        row["commit"] = " ".join(dict.fromkeys(commits))
+        row["version"] = version_of(folder / name)
         row["step"] = checkpoint["step"]
-        for point in checkpoint["history"]["rows"]:
-            if "return_mean" in point:
-                curves.append({key: row[key] for key in KEYS} | point)
+        evaluations = ciql.evaluations_of(checkpoint["rows"])
+        for point in evaluations:
+            curves.append({key: row[key] for key in KEYS} | point)
         if is_complete:
-            means = ciql.curve_of(checkpoint["history"]["rows"]).means
+            means = np.array([point["return_mean"] for point in evaluations])
             row |= figures_of(means, row["env_id"]) | {"state": "complete", "error": ""}
-            if not np.isfinite(means).all():
-                row |= {"state": "failed", "error": "a return is NaN or infinite"}
     summary = pd.DataFrame(list(rows.values()), dtype=object)
     for path, frame in (("summary.csv", summary), ("curves.csv", pd.DataFrame(curves))):
         ciql.write_whole(folder / path, frame.to_csv(index=False).encode())
@@ -355,18 +378,15 @@ def run_study(own: Study, named: dict[str, Run]) -> int:
     folder = own.study.absolute()
     add_data(named)
     rows = read_known(folder)
+    rest = runs_to_train(named, rows, folder)
     for name, run in named.items():
         rows[name] = run.row
-    rest = runs_to_train(named, folder)
     print(f"study  {len(named)} runs, {len(rest)} of them to train; logs: {folder}/*.log")
     if rest:
         start_ray(own.ray_address)
         set_threads(rest)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error}); name another --study") from error
-    with ciql.lock_folder(folder):  # one process at a time works on a study
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".lock", timeout=0):  # one process at a time works on a study
         write_results(folder, rows)
         try:
             if rest:
@@ -374,7 +394,8 @@ def run_study(own: Study, named: dict[str, Run]) -> int:
         finally:
             ray.shutdown()
             write_results(folder, rows)
-    summarize(own.study)
+    summarize([folder])
+    draw(folder)
     complete = [run.row["state"] == "complete" for run in named.values()]
     return 0 if all(complete) else 1
 
@@ -389,7 +410,7 @@ def main() -> None:
     try:
         own, runs = parse(sys.argv[1:])
         if own.summarize:
-            summarize(Path(own.summarize), own.baseline)
+            summarize(own.summarize, own.baseline)
         else:
             code = run_study(own, runs)
     except KeyboardInterrupt:

@@ -1,13 +1,15 @@
-"""Statistics and pictures of a study, from its two tables: summary.csv and curves.csv.
+"""Statistics and pictures of studies, from their two tables: summary.csv and curves.csv.
 
 summary.csv has a row per run, curves.csv a row per evaluation; study.py writes them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import variants
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -25,7 +27,6 @@ def figures_of(means: np.ndarray, env_id: str) -> dict[str, float | None]:
     return {
         "final_return": final,
         "evaluations": count,  # of which it is the mean
-        "curve_mean": means.mean(),
         "score": score,
     }
 
@@ -39,8 +40,8 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         if np.isnan(self.low):
-            return f"{self.value:.1f}"
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+            return f"{self.value:.0f}"
+        return f"{self.value:.0f} [{self.low:.0f}, {self.high:.0f}]"
 
 
 def mean_interval(by_seed: Any) -> Interval:
@@ -51,118 +52,51 @@ def mean_interval(by_seed: Any) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def iqm_interval(figures: pd.DataFrame) -> Interval:
-    """The mean of (seeds, data sets) without the lowest and the highest quarter.
+class Comparison(NamedTuple):
+    """The difference of a method's mean to another's, and the p value of Welch's t test."""
 
-    Its interval is of the bootstrap that resamples the seeds of each data set (Agarwal et al., Deep
-    RL at the Edge of the Statistical Precipice, 2021), which is too narrow below eight seeds.
-    """
-
-    def iqm(*datasets: np.ndarray, axis: int = -1) -> Any:
-        return stats.trim_mean(np.concatenate(datasets, axis), 0.25, axis)
-
-    datasets = figures.to_numpy().T
-    result = stats.bootstrap(datasets, iqm, n_resamples=2000, method="percentile", rng=0)
-    return Interval(iqm(*datasets), *result.confidence_interval)
+    difference: Interval
+    p: float
 
 
-def table(runs: pd.DataFrame, figure: str) -> pd.DataFrame:
-    """Statistics of a column of complete runs, a row per method that has runs on every data set.
-
-    Several data sets count by their mean per seed, of the seeds that all of them have: these means
-    are independent of each other, so Student's t holds, however different the data sets are.
-    Differences are taken seed by seed, between runs of the same version of the script: in another
-    a seed may stand for other random numbers.
-    """
-    rows: dict[str, dict[str, str]] = {}
-    for method, part in runs.groupby("method", sort=False):
-        figures = part.pivot(index="seed", columns="dataset", values=figure).dropna()
-        pairs = part.pivot(index=["seed", "commit"], columns="dataset", values=figure).dropna()
-        if figures.empty or figures.shape[1] < runs["dataset"].nunique():
-            continue
-        cells = {"runs": str(figures.size)}
-        cells["mean"] = str(mean_interval(figures.mean(axis=1)))
-        if len(figures) >= 8:
-            cells["interquartile mean"] = str(iqm_interval(figures))
-        if not rows:
-            first = pairs
-        differences = (pairs - first).dropna().mean(axis=1)
-        if rows and len(differences):
-            cell = str(mean_interval(differences))
-            if len(differences) < len(figures):
-                cell += f", {len(differences)} seeds"
-            cells[f"difference to {next(iter(rows))}"] = cell
-        rows[str(method)] = cells
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+def compare(figures: pd.Series, to: pd.Series) -> Comparison:
+    """Two methods by their final returns, (seeds,) each: seeds are no pairs."""
+    difference = figures.mean() - to.mean()
+    if min(len(figures), len(to)) < 2:
+        return Comparison(Interval(difference, np.nan, np.nan), np.nan)
+    test = stats.ttest_ind(figures, to, equal_var=False)
+    low, high = test.confidence_interval()
+    return Comparison(Interval(difference, low, high), test.pvalue)
 
 
-# ----------------------------------------------------------------------------------------- pictures
-def panels_of(runs: pd.DataFrame, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """A figure, and its panels with the runs that each shows, those of a data set."""
-    datasets = runs.groupby("dataset", sort=False)
-    size = (3 + width * len(datasets), height)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(datasets), squeeze=False)[0]
-    panels = []
-    for panel, (dataset, part) in zip(axes, datasets, strict=True):
-        panel.set_title(dataset, fontsize="small", parse_math=False)
-        panels.append((panel, part))
-    return figure, panels
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values corrected for their number (Holm, 1979): (comparisons,) -> (comparisons,)."""
+    order = np.argsort(p)
+    factors = np.arange(len(p), 0, -1)
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(factors * p[order]).clip(max=1.0)
+    return corrected
 
 
-def draw_curves(path: Path, complete: pd.DataFrame, curves: pd.DataFrame) -> None:
-    """A panel per data set: mean over seeds and interval per method, and references in view."""
-    methods = list(complete["method"].unique())
-    figure, panels = panels_of(complete, width=5, height=4.5)
-    for axes, runs in panels:
-        points = curves.merge(runs[KEYS])
-        for method, part in points.groupby("method", sort=False):
-            by_seed = part.pivot(index="seed", columns="step", values="return_mean")
-            mean, low, high = mean_interval(by_seed)
-            color = f"C{methods.index(method)}"  # in all panels
-            axes.plot(mean, color=color, label=f"{method} ({len(by_seed)})")
-            axes.fill_between(mean.index, low, high, color=color, alpha=0.2, lw=0)
-        drawn = len(axes.get_lines())
-        value = runs["data_return"].iloc[0]
-        axes.axhline(value, linestyle="--", label=f"data set, {value:.0f}")
-        env_id = runs["env_id"].iloc[0]
-        if env_id in ciql.ROBOTS:
-            ciql.draw_score(axes, ciql.ROBOTS[env_id])
-        bottom, top = axes.get_ylim()
-        for line in axes.get_lines()[drawn:]:
-            line.set_color("black")
-            if not bottom <= line.get_ydata()[0] <= top:
-                line.remove()
-        axes.set(xlabel="gradient steps", ylabel="return of an episode")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
-
-
-def draw_scores(path: Path, scored: pd.DataFrame) -> None:
-    """A panel per data set, a row per method: final scores of the seeds, mean and interval."""
-    methods = list(scored["method"].unique())
-    height = 1.4 + 0.35 * len(methods)
-    figure, panels = panels_of(scored, width=3, height=height)
-    for axes, runs in panels:
-        rows = runs["method"].map(methods.index)
-        axes.plot(runs["score"], rows, ".", color="C0", alpha=0.4)
-        mean, low, _ = mean_interval(runs.groupby(rows)["score"])
-        half = mean - low
-        axes.errorbar(mean, mean.index, xerr=half, fmt="o", color="C0")
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_yticks(range(len(methods)), methods)
-        axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.label_outer()  # names are at the left
-    figure.supxlabel("final score (0 random, 100 expert): seeds, mean, 95 % interval", size="small")
-    figure.savefig(path, dpi=100)
+def table(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Statistics of the final returns of complete runs on a data set, a row per method."""
+    methods = dict(list(runs.groupby("method", sort=False)["final_return"]))
+    rows = []
+    for method, figures in methods.items():
+        row = {"method": method, "seeds": len(figures), "mean": str(mean_interval(figures))}
+        if method != baseline and baseline in methods:
+            comparison = compare(figures, methods[baseline])
+            row |= {"difference": str(comparison.difference), "p": comparison.p}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["method", "seeds", "mean", "difference", "p"])
 
 
 # ------------------------------------------------------------------------------------------ summary
 def read_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The study's two tables, with final returns from the curves. Raises InputError."""
-    text = {"dataset": str, "method": str, "commit": str, "error": str}
+    """A study's two tables, with final returns from the curves. Raises InputError."""
+    text = {"dataset": str, "method": str, "version": str, "error": str}
     try:
-        summary = pd.read_csv(folder / "summary.csv", dtype=text).fillna({"commit": ""})
+        summary = pd.read_csv(folder / "summary.csv", dtype=text).fillna({"version": ""})
         complete = summary[summary["state"] == "complete"]
         if complete.empty:
             return summary, complete
@@ -177,33 +111,80 @@ def read_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return summary, curves
 
 
-def summarize(folder: Path, baseline: str = "") -> None:
-    """Print the statistics of a study's two tables and draw its pictures. Raises InputError."""
-    summary, curves = read_tables(folder)
-    if baseline and baseline not in set(summary["method"]):
-        methods = ", ".join(summary["method"].unique())
-        raise InputError(f"baseline is {baseline}, but the methods of {folder} are {methods}")
+def summarize(folders: Sequence[Path], baseline: str = "") -> None:
+    """Print the statistics of one or more studies, by their data sets. Raises InputError."""
+    summary = pd.concat([read_tables(folder)[0] for folder in folders])
+    methods = list(summary["method"].unique())
+    baseline = baseline or methods[0]
+    if baseline not in methods:
+        raise InputError(f"baseline is {baseline}, but the methods are {', '.join(methods)}")
     complete = summary[summary["state"] == "complete"]
-    baseline_first = complete.iloc[np.argsort(complete["method"] != baseline, kind="stable")]
-    for dataset, runs in baseline_first.groupby("dataset", sort=False):
-        print(f"\n{dataset}, return\n{table(runs, 'final_return').to_string()}")
-    scored = baseline_first.dropna(subset="score")
-    if scored["dataset"].nunique() > 1:
-        print(f"\nall data sets, score\n{table(scored, 'score').to_string()}")
-    if len(complete):
-        numbers = sorted(complete["evaluations"].unique())
-        last = " or ".join(f"{number:.0f}" for number in numbers)
-        print(f"\nof the last {last} evaluations of each run; [95 % interval over seeds]")
-    versions = complete["commit"].nunique()
-    if versions > 1:
+    tables = {
+        dataset: table(runs, baseline) for dataset, runs in complete.groupby("dataset", sort=False)
+    }
+    rows = pd.concat(tables) if tables else pd.DataFrame({"p": []})
+    rows["Holm"] = np.nan
+    is_compared = rows["p"].notna()
+    rows.loc[is_compared, "Holm"] = holm(rows.loc[is_compared, "p"].to_numpy(float))
+    for dataset in tables:
+        part = rows.loc[dataset].to_string(index=False, na_rep="", float_format="{:.2g}".format)
+        print(f"\n{dataset}\n{part}")
+    if tables:
+        counts = complete["evaluations"].unique()
+        last = " or ".join(f"{count:.0f}" for count in sorted(counts))
         print(
-            f"NOTE   these runs are of {versions} versions of the script (commit in summary.csv):"
-            " differences pair the seeds within a version alone"
+            f"\nmean return of the last {last} evaluations; [95 % intervals] over seeds: Student's,"
+            f" and Welch's of the difference to {baseline}; Holm is p corrected for the"
+            f" {is_compared.sum()} comparisons"
         )
+    versions = complete["version"].unique()
+    if len(versions) > 1:
+        print(f"NOTE   these runs are of {len(versions)} versions of the script: {versions}")
     for run in summary[summary["state"] == "failed"].itertuples():
         print(f"FAILED {run.dataset}, {run.method}, seed {run.seed}: {run.error}")
-    if len(complete):
-        draw_curves(folder / "study_returns.png", complete, curves)
-    if len(scored):
-        draw_scores(folder / "study_scores.png", complete.dropna(subset="score"))
-    print(f"wrote  {folder}")
+
+
+# ----------------------------------------------------------------------------------------- pictures
+def color_of(method: str, methods: Sequence[str]) -> str:
+    """A method of variants.py has one colour in all pictures, others have those that are left."""
+    known = list(variants.METHODS)
+    others = [name for name in methods if name not in known]
+    index = known.index(method) if method in known else len(known) + others.index(method)
+    return f"C{index % 10}"
+
+
+def draw(folder: Path) -> None:
+    """Draw a study: a panel per data set, with the returns at the evaluations of each method.
+
+    From four seeds on a method is its mean and a band, Student's 95 % interval; of fewer seeds each
+    is a line.
+    """
+    summary, curves = read_tables(folder)
+    complete = summary[summary["state"] == "complete"]
+    if complete.empty:
+        return
+    methods = list(complete["method"].unique())
+    datasets = complete.groupby("dataset", sort=False)
+    figure = Figure(figsize=(2 + 5 * len(datasets), 5), layout="constrained")
+    panels = figure.subplots(1, len(datasets), squeeze=False)[0]
+    for axes, (dataset, runs) in zip(panels, datasets, strict=True):
+        points = curves.merge(runs[KEYS])
+        for method, part in points.groupby("method", sort=False):
+            by_seed = part.pivot(index="seed", columns="step", values="return_mean")
+            color = color_of(str(method), methods)
+            label = f"{method} ({len(by_seed)} seeds)"
+            if len(by_seed) < 4:
+                axes.plot(by_seed.T, color=color, lw=1, label=[label, *[""] * (len(by_seed) - 1)])
+                continue
+            mean, low, high = mean_interval(by_seed)
+            axes.plot(mean, color=color, label=label)
+            axes.fill_between(mean.index, low, high, color=color, alpha=0.2, lw=0)
+        value = runs["data_return"].iloc[0]
+        axes.axhline(value, color="black", linestyle="--", label=f"data, {value:.0f}")
+        axes.set_title(dataset, fontsize="small", parse_math=False)
+        axes.set_xticks(sorted(points["step"].unique()))
+        axes.tick_params(axis="x", labelrotation=45)
+        axes.grid(alpha=0.3)
+        axes.set(xlabel="gradient steps", ylabel="return of an episode")
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3)
+    figure.savefig(folder / "study_returns.png", dpi=100)

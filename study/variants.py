@@ -7,25 +7,11 @@ An idea that is no setting is a subclass of ``CIQL`` that overrides what it chan
 import copy
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import ciql_pybullet as ciql
-from ciql_pybullet import InputError, Metrics, Transitions
-
-
-class SmallTargets(ciql.CIQL):
-    """Rewards are scaled so that episodes' returns span 1,000, as IQL's authors do on locomotion.
-
-    They, and CORL, divide rewards by the largest less the smallest return of the data's episodes,
-    then multiply by 1,000.
-    """
-
-    def prepare(self, data: Transitions) -> Transitions:
-        returns = ciql.dataset_of(data).returns
-        if not len(returns) or returns.max() == returns.min():
-            raise InputError("SmallTargets needs data with episodes of different returns")
-        scale = 1000 / (returns.max() - returns.min())
-        return super().prepare(data._replace(rewards=data.rewards * float(scale)))
+from ciql_pybullet import Metrics, Transitions
 
 
 class AveragedPolicy(ciql.CIQL):
@@ -48,6 +34,15 @@ class AveragedPolicy(ciql.CIQL):
         return self.average
 
 
+class NearActions(ciql.CIQL):
+    """The penalty's actions are near the policy's own, where a policy that climbs Q reads it."""
+
+    @torch.no_grad()
+    def off_data_actions(self, batch: Transitions) -> Tensor:
+        noise = 0.2 * torch.randn_like(super().off_data_actions(batch))
+        return (self.policy(batch.observations)[:, None] + noise).clamp(-1, 1)
+
+
 class Method(NamedTuple):
     """What a name stands for."""
 
@@ -66,6 +61,5 @@ METHODS = {
     "CIQL": Method(ciql.CIQL, {}),
     "IQL": Method(ciql.CIQL, IQL),
     "cloning": Method(ciql.CIQL, {"alpha": 0.0, "beta": 0.0}),
-    "SmallTargets": Method(SmallTargets, IQL),
     "AveragedPolicy": Method(AveragedPolicy, {}),
 }

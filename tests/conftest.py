@@ -4,12 +4,12 @@ import contextlib
 import csv
 import signal
 import sys
+import urllib.error
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-import requests
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def one_thread():
-    """As ``train`` does where there is a penalty; more would be slower for small networks."""
+    """More threads would be slower for small networks."""
     torch.set_num_threads(1)
 
 
@@ -45,11 +45,11 @@ def no_network(monkeypatch):
     """The published addresses cannot be reached; the list of those that were asked for."""
     asked = []
 
-    def refuse(self, url, part, pooch):
+    def refuse(url, timeout):
         asked.append(url)
-        raise requests.ConnectionError(f"HTTPSConnectionPool({url}): NameResolutionError")
+        raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr("pooch.HTTPDownloader.__call__", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
     return asked
 
 
@@ -124,8 +124,8 @@ def metrics(folder):
 
 
 def snapshot(folder):
-    """All that is in a folder, but for compiled modules and the Lab's marks."""
-    others = {"__pycache__", "playing"}
+    """All that is in a folder, but for compiled modules, locks, and the Lab's marks."""
+    others = {"__pycache__", "playing", ".lock"}
     paths = [path for path in sorted(folder.rglob("*")) if not others & set(path.parts)]
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
@@ -162,7 +162,10 @@ def succeeds(command):
 
 @pytest.fixture
 def fails(command, tmp_path):
-    """A function that runs a command line of bad input: exit code 2, one line, no file changed."""
+    """A function that runs a command line of bad input: exit code 2, one line, no file changed.
+
+    Only a lock may be new: it is taken to look into a run's folder.
+    """
 
     def run(*arguments, named, main=ciql_pybullet.main):
         before = snapshot(tmp_path)
@@ -275,5 +278,5 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    monkeypatch.setattr(ciql_pybullet, "draw", lambda *arguments: None)
+    monkeypatch.setattr(ciql_pybullet, "plot_returns", lambda run: None)
     return tmp_path
