@@ -469,8 +469,9 @@ class CIQL(nn.Module):
     def check_attributes(self) -> None:
         """Raise InputError for what would never be trained, or never saved."""
         for name, part in vars(self).items():
-            if isinstance(part, Tensor):
-                raise InputError(f"{name} is a tensor, which is not saved; make it a nn.Buffer")
+            if isinstance(part, (Tensor, np.ndarray, np.generic)):
+                kind = type(part).__name__
+                raise InputError(f"{name} is a {kind}, which is not saved; make it a nn.Buffer")
         trained = {
             parameter
             for part in vars(self).values()
@@ -492,9 +493,7 @@ class CIQL(nn.Module):
         numbers = {}
         parts = {}
         for name, part in vars(self).items():
-            if isinstance(part, float):
-                numbers[name] = float(part)  # it may be NumPy's
-            elif isinstance(part, int):
+            if isinstance(part, (int, float)):
                 numbers[name] = part
             elif hasattr(part, "state_dict"):
                 parts[name] = part.state_dict()
@@ -765,9 +764,15 @@ Columns = dict[str, np.ndarray]  # by their keys in a file of D4RL's or d4rl-pyb
 
 def fitted(key: str, column: Any, observations: Any) -> np.ndarray:
     """A column as float32 of (N,), or (N, dim). Raises ValueError if it does not fit."""
-    is_matrix = key.endswith(("observations", "actions"))
-    shape = (len(observations), -1) if is_matrix else (len(observations),)
-    return np.array(column, np.float32).reshape(shape)  # rewards are often stored as (N, 1)
+    rows = len(observations)
+    if len(column) != rows:
+        raise ValueError(f"{key} have {len(column):,} rows, observations {rows:,}")
+    shape: tuple[int, ...] = (rows,)  # rewards and marks are often stored as (N, 1)
+    if key.endswith("observations"):
+        shape = np.shape(observations)
+    elif key == "actions":
+        shape = (rows, -1)
+    return np.array(column, np.float32).reshape(shape)
 
 
 def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
@@ -977,7 +982,7 @@ def dataset_of(data: Transitions) -> Dataset:
     for key, column in data._asdict().items():
         try:
             columns.append(torch.from_numpy(fitted(key, column, data.observations)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"data: {key} do not fit the observations: {error}") from error
     return Dataset("data", Transitions(*columns), np.array([]), "Transitions", source="")
 

@@ -1,7 +1,6 @@
 """The gradient step against a float64 reference that shares no code with the script."""
 
 import collections
-import contextlib
 import copy
 import itertools
 import math
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ciql_pybullet import CIQL, Config, Transitions, ValueNetwork, make_meter, move_towards
+from ciql_pybullet import CIQL, Config, Transitions, ValueNetwork, move_towards
 
 S = 5  # observation_dim
 A = 3  # action_dim
@@ -135,16 +133,17 @@ RECIPES = {
 }
 
 
+def on_cuda(agent):
+    """Have it take CUDA's path, here on the CPU: gaps are computed without a measure."""
+    agent.__class__ = type("OnCuda", (type(agent),), {"on_cpu": False})
+    return agent
+
+
 @pytest.mark.parametrize(
-    ("recipe", "where"),
-    [
-        *itertools.product(["CIQL"], ["helper", "in line", "as on CUDA"]),
-        ("IQL", ""),
-        ("cloning", ""),
-    ],
+    ("recipe", "path"), [("CIQL", "cpu"), ("CIQL", "cuda"), ("IQL", "cpu"), ("cloning", "cpu")]
 )
-def test_steps_are_those_of_the_reference(recipe, where):
-    """Figures, gradients and weights, with the gaps measured beside, before, or not at all."""
+def test_steps_are_those_of_the_reference(recipe, path):
+    """Figures, gradients and weights, with the gaps measured first, computed, or not needed."""
     sizes = {"hidden_sizes": (6, 5), "batch_size": B, "num_neg": K, "lr": 1e-3, "polyak": 0.05}
     config = Config(device="cpu", tau=0.7, gamma=0.9, max_steps=8, **sizes, **RECIPES[recipe])
     torch.manual_seed(3)
@@ -152,10 +151,9 @@ def test_steps_are_those_of_the_reference(recipe, where):
     data = agent.prepare(random_data(20))
     for parameter in itertools.chain(agent.critic.parameters(), agent.target_critic.parameters()):
         parameter.data += 0.3 * torch.randn_like(parameter)  # apart from each other
-    if where in ("helper", "in line"):
-        agent.meter = make_meter(agent, where == "helper", contextlib.ExitStack())
-    if where == "as on CUDA":
-        agent.on_cpu = False
+    agent.rough_dtype = torch.float32  # figures of closed steps are exact then, too
+    if path == "cuda":
+        on_cuda(agent)
 
     p = weights_of(agent)
     adam = Adam()
@@ -223,12 +221,10 @@ def small(**settings):
     return Config(device="cpu", **(usual | settings))
 
 
-def started(config, make_agent=CIQL, beside=True):
+def started(config, make_agent=CIQL):
     torch.manual_seed(0)
     agent = make_agent(S, A, config)
     agent.prepare(random_data())
-    if config.alpha > 0 and agent.on_cpu:
-        agent.meter = make_meter(agent, beside, contextlib.ExitStack())
     return agent
 
 
@@ -243,26 +239,66 @@ def run_steps(agent, steps):
     return history
 
 
+def assert_same_weights(one, other):
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("alpha", [1.0, 20.0])
-def test_leaving_out_a_closed_clamp_is_exact(alpha):
-    """The helper's gaps, those measured in line, and always taking them: the same bits."""
-    helped = started(small(alpha=alpha))
-    history = run_steps(helped, 30)
+def test_leaving_out_a_closed_clamp_is_exact(alpha, dtype):
+    """Measured or always computed: the same bits, but for the log's rough gaps of closed steps."""
+    measured = started(small(alpha=alpha))
+    measured.rough_dtype = dtype
+    history = run_steps(measured, 30)
     assert 0 < np.mean([row["clamp_open"] for row in history]) < 1
-    in_line = started(small(alpha=alpha), beside=False)
-    always = started(small(alpha=alpha))
-    always.meter = None
-    for other in (in_line, always):
-        assert run_steps(other, 30) == history
-        for name, tensor in helped.state_dict().items():
-            assert torch.equal(tensor, other.state_dict()[name]), name
+    always = on_cuda(started(small(alpha=alpha)))
+    for row, expected in zip(history, run_steps(always, 30), strict=True):
+        if dtype == torch.bfloat16 and not row["clamp_open"]:
+            for name in ("gap1", "gap2"):
+                assert row.pop(name) == pytest.approx(expected.pop(name), rel=0.1, abs=0.02)
+        assert row == expected
+    assert_same_weights(measured, always)
+
+
+def exact_gaps(agent, batch, negatives):
+    p = weights_of(agent)
+    s, a, *_ = (column.double() for column in batch)
+    return torch.stack([gap(p, k, s, a, negatives.double()) for k in (1, 2)])
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("steps", [0, 100])
+def test_a_rough_measure_knows_how_rough_it_is(spread, steps):
+    """Its error is below its margin, so no gap that is open is ever called closed."""
+    agent = started(small(num_neg=K, alpha=5.0, lr=1e-3))
+    agent.rough_dtype = torch.bfloat16
+    for parameter in agent.critic.parameters():
+        parameter.data += spread * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    run_steps(agent, steps)
+    data = random_data()
+    errors = []
+    for _ in range(50):
+        batch = agent.sample(data)
+        negatives = agent.off_data_actions(batch)
+        gaps, margin = agent.measure_gaps(batch, negatives)
+        exact = exact_gaps(agent, batch, negatives)
+        assert gaps.dtype == margin.dtype == torch.float32 and not gaps.requires_grad
+        assert ((gaps - exact).abs() < margin).all()
+        errors.append((gaps - exact).abs().max().item())
+        scale = agent.critic(batch.observations, batch.actions).abs().mean(-1)
+        assert (margin < scale / 64 + exact.abs() / 64).all()  # else nothing would be closed
+    assert max(errors) > 1e-5  # it is rough indeed
+
+    agent.rough_dtype = torch.float32
+    gaps, margin = agent.measure_gaps(batch, negatives)
+    torch.testing.assert_close(gaps.double(), exact, rtol=1e-4, atol=1e-5 * (1 + spread) ** 2)
+    assert (margin < 1e-6 * (scale + exact.abs())).all()
 
 
 def test_step_on_cuda_reads_nothing_on_the_host(monkeypatch):
     """Its path, here on the CPU: a read of a tensor would wait for the device."""
-    agent = started(small(policy_lr_decay=True))
-    agent.on_cpu = False
-    agent.meter = None
+    agent = on_cuda(started(small(policy_lr_decay=True)))
     data = random_data()
     agent.update(data)
 
@@ -286,24 +322,12 @@ def test_on_cuda(compiled):
     agent = started(Config(**vars(config) | {"device": "cuda"}))
     data = agent.prepare(random_data())
     if compiled:
-        agent.compile_losses(data)
+        agent.accelerate(data)
     for _ in range(20):
         figures = {name: figure.item() for name, figure in agent.update(data).items()}
     assert all(np.isfinite(list(figures.values())))
     of_cpu = run_steps(started(config), 20)[-1]
     assert figures["q_loss"] == pytest.approx(of_cpu["q_loss"], rel=0.5)
-
-
-class Counting(CIQL):
-    """Its losses move an attribute."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.seen = torch.zeros(())
-
-    def losses(self, batch):
-        self.seen += 1
-        return super().losses(batch)
 
 
 def test_move_towards():
@@ -318,6 +342,18 @@ def test_move_towards():
         assert torch.equal(buffer, latest.get_buffer(name)), name
 
 
+class Counting(CIQL):
+    """Its losses move a buffer."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.seen = torch.nn.Buffer(torch.zeros(()))
+
+    def losses(self, batch):
+        self.seen += 1
+        return super().losses(batch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.0, 0.0])
 def test_compiled_step(capsys, alpha):
@@ -327,28 +363,20 @@ def test_compiled_step(capsys, alpha):
     found = []
     for _ in range(2):
         agent = started(config, Counting)
-        before = (copy.deepcopy(agent.state_dict()), torch.get_rng_state())
-        seen = agent.seen
-        agent.compile_losses(random_data())
-        assert agent.seen is seen and agent.seen == 0
-        assert all(torch.equal(t, before[0][name]) for name, t in agent.state_dict().items())
+        before = (copy.deepcopy(agent), torch.get_rng_state(), np.random.get_state()[1].tolist())
+        agent.accelerate(random_data())
+        assert_same_weights(agent, before[0])
         assert torch.equal(torch.get_rng_state(), before[1])
-        # A recompile would be an eager step. Gaps are compiled for the meter alone.
-        with torch.compiler.set_stance("fail_on_recompile"):
-            if alpha:
-                agent.meter = make_meter(agent, True, contextlib.ExitStack())
-                agent.meter(*agent.example(random_data()))()
-            agent.losses(agent.example(random_data())[0])
-            agent.seen.zero_()
-        stance = "eager_on_recompile" if alpha else "fail_on_recompile"
-        with torch.compiler.set_stance(stance):
+        assert np.random.get_state()[1].tolist() == before[2] and agent.steps == 0
+        assert ("measure_gaps" in vars(agent)) == (alpha > 0)
+        with torch.compiler.set_stance("fail_on_recompile"):  # a recompile would be an eager step
             found.append(run_steps(agent, 100))
         assert agent.seen == 100 and capsys.readouterr().out == ""
     assert found[0] == found[1]
     for name in expected[0]:
         one = [row[name] for row in found[0]]
         other = [row[name] for row in expected]
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=5e-3, err_msg=name)
 
 
 class Annealed(CIQL):
@@ -371,71 +399,51 @@ def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys, compiler):
     """With a NOTE of one line, and to the bits of a run that was not to be compiled."""
     monkeypatch.setattr(torch, "compile", compiler)
     agent = started(small(alpha=0.0), Annealed)
-    agent.compile_losses(random_data())
+    agent.accelerate(random_data())
     out = capsys.readouterr().out
     assert out.startswith("NOTE   the losses could not be compiled") and out.count("\n") == 1
     assert run_steps(agent, 3) == run_steps(started(small(alpha=0.0), Annealed), 3)
     assert agent.steps == 3 and "losses" not in vars(agent)
 
 
-def test_losses_of_an_instance_are_not_compiled_away(capsys):
+def test_losses_of_an_instance_are_not_compiled_away():
     agent = started(small(alpha=0.0))
     agent.losses = own = lambda batch: CIQL.losses(agent, batch)
-    agent.compile_losses(random_data())
-    assert agent.losses is own and "define them in its class" in capsys.readouterr().out
+    agent.accelerate(random_data())
+    assert agent.losses is own
 
 
-# --------------------------------------------------------------------------------------- optimisers
+# ---------------------------------------------------------------------------- what would be lost
 def test_parameters_that_nothing_would_train_or_save():
     """Each is refused until it was given to ``make_optimizer``, and is the agent's own."""
     agent = started(small())
     agent.value = ValueNetwork(S, (12,))
-    with refused("value.v.0.weight requires gradients, but no"):
-        agent.check_optimizers()
+    with refused("give each network to make_optimizer"):
+        agent.check_attributes()
     agent.make_optimizer(agent.policy, agent.value, agent.critic)
-    agent.check_optimizers()
+    agent.check_attributes()
     agent.policy.fixed = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-    agent.check_optimizers()
+    agent.check_attributes()
 
     agent.others = [ValueNetwork(S, (8,))]  # a plain list, which nothing would save
     agent.make_optimizer(agent.policy, agent.value, agent.critic, *agent.others)
-    with refused("parameters that are not the agent's", "nn.ModuleList"):
-        agent.check_optimizers()
+    with refused("nn.ModuleList"):
+        agent.check_attributes()
     agent.others = torch.nn.ModuleList(agent.others)
-    agent.check_optimizers()
+    agent.check_attributes()
     run_steps(agent, 1)  # that no loss uses them is no error
 
 
-def test_settings_of_a_resumed_optimiser_are_the_configs():
-    """Its averages are the saved ones, its rate and such are those of now."""
-    saved = started(small(lr=1e-2))
-    run_steps(saved, 5)
-    agent = started(small(lr=5e-4))
-    for group in agent.optimizer.param_groups:
-        group["weight_decay"] = 0.1
-    agent.load_training_state(copy.deepcopy(saved.training_state()))
-    for group in agent.optimizer.param_groups:
-        assert (group["lr"], group["weight_decay"], group["fused"]) == (5e-4, 0.1, True)
-        assert all(agent.optimizer.state[p]["step"] == 5 for p in group["params"])
-
-
-class Plateau(CIQL):
-    """A schedule that goes by a figure."""
-
-    def make_optimizer(self, policy, *others):
-        super().make_optimizer(policy, *others)
-        self.schedule = ReduceLROnPlateau(self.optimizer, patience=1)
-
-    def update(self, data):
-        figures = super().update(data)
-        self.schedule.step(0.0)
-        return figures
-
-
-def test_a_resumed_schedule_owns_the_rate():
-    saved = started(small(lr=1e-2), Plateau)
-    run_steps(saved, 5)
-    agent = started(small(lr=1e-2), Plateau)
-    agent.load_training_state(copy.deepcopy(saved.training_state()))
-    rates = [group["lr"] for group in saved.optimizer.param_groups]
-    assert [group["lr"] for group in agent.optimizer.param_groups] == rates != [1e-2, 1e-2]
+@pytest.mark.parametrize("number", [7, True, 2.5, np.float64(1.5), np.float32(1.5), np.int64(3)])
+def test_numbers_are_saved(number):
+    saved = started(small())
+    saved.mine = number
+    state = saved.training_state()
+    assert type(state["numbers"]["mine"]) in (int, bool, float)
+    agent = started(small())
+    agent.mine = 0
+    agent.load_training_state(state)
+    assert agent.mine == number
+    del agent.mine
+    with refused("differ in mine"):
+        agent.load_training_state(state)
