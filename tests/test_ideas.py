@@ -1,33 +1,25 @@
 """Ideas as a student writes them: agents of a few lines, in ordinary PyTorch, that just work."""
 
-import contextlib
 import copy
 import functools
+import io
 import re
 
+import numpy as np
 import pytest
 import torch
 import variants
-from conftest import ROOT, own_transitions
+from conftest import ROOT, lab_config, own_transitions, refused
 from torch import nn
 
 import ciql_pybullet
-from ciql_pybullet import CIQL, Config, QNetworks
+from ciql_pybullet import CIQL, Config, QNetworks, Transitions
 
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("one_thread")
 S = 5  # observation_dim
 A = 2  # action_dim
-CONFIG = Config(
-    device="cpu",
-    hidden_sizes=(16, 16),
-    batch_size=32,
-    num_neg=3,
-    alpha=5.0,
-    lr=1e-3,
-    threads=2,
-    compile=False,
-)
+CONFIG = Config(device="cpu", hidden_sizes=(16, 16), batch_size=32, num_neg=3, alpha=5.0, lr=1e-3)
 
 
 class FourCritics(CIQL):
@@ -36,11 +28,11 @@ class FourCritics(CIQL):
     def make_critic(self):
         return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes, num_q=4)
 
-    def gaps(self, critic, batch, negative_actions):
+    def gaps(self, batch, negative_actions):
         s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
-        q_neg = critic(s_neg, negative_actions.flatten(0, 1))
+        q_neg = self.critic(s_neg, negative_actions.flatten(0, 1))
         q_neg = q_neg.unflatten(-1, (-1, self.config.num_neg)).logsumexp(-1)
-        return (q_neg - critic(batch.observations, batch.actions)).mean(-1)
+        return (q_neg - self.critic(batch.observations, batch.actions)).mean(-1)
 
 
 class OtherLayers(CIQL):
@@ -110,11 +102,42 @@ class TD3BC(CIQL):
         loss, metrics = super().losses(batch)
         self.critic.requires_grad_(False)
         actions = self.policy(batch.observations)
-        noise = 0.1 * torch.randn_like(actions)  # drawn beside the helper
+        noise = 0.1 * torch.randn_like(actions)
         q = self.critic(batch.observations, actions + noise)[0]
         self.critic.requires_grad_(True)
         scale = q.abs().mean().detach()
         return loss - q.mean() / scale, metrics | {"scale": scale}
+
+
+class DDPGBC(CIQL):
+    """The policy climbs the smaller target Q and clones, unweighted (Park et al., 2024)."""
+
+    def policy_loss(self, batch, advantage):
+        q = self.target_critic(batch.observations, self.policy(batch.observations)).amin(0)
+        cloning = -self.policy.log_prob(batch.observations, batch.actions).mean()
+        return cloning - q.mean() / q.abs().mean().detach()
+
+
+class Prioritized(CIQL):
+    """Transitions are drawn in proportion to their last TD error (Schaul et al., 2016)."""
+
+    def prepare(self, data):
+        self.priorities = nn.Buffer(torch.ones(len(data.rewards)))
+        self.drawn = nn.Buffer(torch.zeros(self.config.batch_size, dtype=torch.long))
+        return super().prepare(data)
+
+    def sample(self, data):
+        self.drawn.copy_(torch.multinomial(self.priorities, len(self.drawn), replacement=True))
+        return Transitions(*(column[self.drawn] for column in data))
+
+    @torch.no_grad()
+    def update(self, data):
+        with torch.enable_grad():
+            metrics = super().update(data)
+        batch = Transitions(*(column[self.drawn] for column in data))
+        error = self.critic(batch.observations, batch.actions)[0] - self.targets(batch)[1]
+        self.priorities[self.drawn] = error.abs() + 0.01
+        return metrics
 
 
 class AdamWCosine(CIQL):
@@ -140,13 +163,22 @@ class Functional(CIQL):
         return loss + 1e-3 * q.mean() * self.value(batch.observations).mean(), metrics
 
 
-class SampledGaps(CIQL):
-    """Off-data actions of the policy: ``gaps`` draws random numbers."""
+class PolicyActions(CIQL):
+    """Off-data actions of the policy, with noise."""
 
-    def gaps(self, critic, batch, negative_actions):
-        noise = torch.randn_like(negative_actions) * self.policy.std()
-        mean = self.policy(batch.observations).unsqueeze(1)
-        return super().gaps(critic, batch, (mean + noise).clamp(-1, 1).detach())
+    def off_data_actions(self, batch):
+        mean = self.policy(batch.observations).detach().unsqueeze(1)
+        noise = torch.randn(len(mean), self.config.num_neg, self.action_dim)
+        return (mean + noise * self.policy.std().detach()).clamp(-1, 1)
+
+
+class RandomGaps(CIQL):
+    """``gaps`` draws random numbers: its states are blurred."""
+
+    def gaps(self, batch, negative_actions):
+        s = batch.observations
+        blurred = batch._replace(observations=s + 0.1 * torch.randn_like(s))
+        return super().gaps(blurred, negative_actions)
 
 
 class SharedStatistics(CIQL):
@@ -159,9 +191,41 @@ class SharedStatistics(CIQL):
     def losses(self, batch):
         return super().losses(batch._replace(observations=self.norm(batch.observations)))
 
-    def gaps(self, critic, batch, negative_actions):
+    def gaps(self, batch, negative_actions):
         shifted = batch._replace(observations=self.norm(batch.observations + 1))
-        return super().gaps(critic, shifted, negative_actions)
+        return super().gaps(shifted, negative_actions)
+
+
+class RunningScale(CIQL):
+    """The advantage is divided by a running mean of its size, a plain number."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.scale = 1.0
+
+    def policy_loss(self, batch, advantage):
+        self.scale = 0.9 * self.scale + 0.1 * float(advantage.abs().mean())
+        return super().policy_loss(batch, advantage / self.scale)
+
+
+class BufferedScale(CIQL):
+    """The same as a tensor."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.scale = nn.Buffer(torch.ones(()))
+
+    def policy_loss(self, batch, advantage):
+        self.scale = 0.9 * self.scale + 0.1 * advantage.abs().mean()
+        return super().policy_loss(batch, advantage / self.scale)
+
+
+class RandomDiscount(CIQL):
+    """Losses use a random number of NumPy's."""
+
+    def losses(self, batch):
+        share = np.random.rand()
+        return super().losses(batch._replace(rewards=batch.rewards * share))
 
 
 def model_of_the_readme():
@@ -174,20 +238,22 @@ def model_of_the_readme():
 
 OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
 IDEAS = [*OWN, model_of_the_readme(), variants.AveragedPolicy]
+EAGER = {RunningScale, RandomDiscount}  # a graph would hold the number of one step
 
 
-def make(idea, **settings):
+def make(idea):
     """An agent as ``train`` makes it, and its data."""
     torch.manual_seed(0)
-    agent = idea(S, A, Config(**vars(CONFIG) | settings))
+    agent = idea(S, A, CONFIG)
     data = agent.prepare(own_transitions(300, S, A))
-    agent.check_optimizers()
+    agent.check_attributes()
     return agent, data
 
 
 def take_steps(agent, data, steps, seed=1):
     """What each of these steps reported."""
     torch.manual_seed(seed)
+    np.random.seed(seed)
     history = [agent.update(data) for _ in range(steps)]
     return [{name: figure.item() for name, figure in row.items()} for row in history]
 
@@ -198,16 +264,18 @@ def assert_same(one, other):
         assert torch.equal(left, right), name
 
 
-def accelerated(agent, data):
-    """With two threads the gaps are measured beside the losses, if they can be."""
-    ciql_pybullet.accelerate(agent, data, contextlib.ExitStack())
+def on_disk(state):
+    """As a checkpoint keeps it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 @functools.cache
 def eager_run(idea):
-    """The agent after a hundred steps with the helper, and what they reported."""
+    """The agent after a hundred steps, and what they reported."""
     agent, data = make(idea)
-    accelerated(agent, data)
     return agent, take_steps(agent, data, 100)
 
 
@@ -217,49 +285,72 @@ def test_idea_is_exact(idea):
     agent, history = eager_run(idea)
     again, data = make(idea)
     before = copy.deepcopy(again)
-    accelerated(again, data)
     assert take_steps(again, data, 100) == history
     assert_same(agent, again)
     for (name, old), new in zip(before.named_parameters(), again.parameters(), strict=True):
         assert not (old.requires_grad and torch.equal(old, new)), name
 
     expected = take_steps(again, data, 10, seed=2)
-    for threads in (1, 2):  # the gaps are measured in line, or beside the losses
-        resumed, data = make(idea, threads=threads)
-        resumed.load_training_state(copy.deepcopy(agent.training_state()))
-        assert resumed.steps == 100
-        accelerated(resumed, data)
-        assert take_steps(resumed, data, 10, seed=2) == expected
-        assert_same(again, resumed)
+    resumed, data = make(idea)
+    resumed.load_training_state(on_disk(agent.training_state()))
+    assert resumed.steps == 100
+    assert take_steps(resumed, data, 10, seed=2) == expected
+    assert_same(again, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idea", IDEAS)
-def test_traced_idea(idea, monkeypatch):
+def test_traced_idea(idea, monkeypatch, capsys):
     """What the compiler traces of it, without machine code, takes the steps of the eager one."""
     compile_with = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph, options: compile_with(f, backend="aot_eager")
     )
     agent, data = make(idea)
-    agent.compile_losses(data)
-    assert "losses" in vars(agent)
-    accelerated(agent, data)
-    with torch.compiler.set_stance("eager_on_recompile"):
-        history = take_steps(agent, data, 100)
-    for traced_row, row in zip(history, eager_run(idea)[1], strict=True):
-        assert traced_row == pytest.approx(row, rel=1e-3, abs=1e-4)
+    agent.accelerate(data)
+    assert ("losses" in vars(agent)) == (idea not in EAGER)
+    assert ("NOTE" in capsys.readouterr().out) == (idea in EAGER)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        history = take_steps(agent, data, 30)
+    for traced_row, row in zip(history, eager_run(idea)[1], strict=False):
+        assert traced_row == pytest.approx(row, rel=1e-2, abs=1e-3)
 
 
-EFFECTS = {CIQL: 1, SpectralCritic: 1, OtherLayers: 2, SampledGaps: 2, SharedStatistics: 2}
+class TensorAtTheStart(CIQL):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.mean = torch.zeros(())
 
 
-@pytest.mark.parametrize(("idea", "threads"), EFFECTS.items())
-def test_what_is_measured_beside(idea, threads):
-    """Not gaps of your own, nor draws: it would be left to chance which come first."""
-    agent, data = make(idea)
-    before = (torch.get_rng_state(), copy.deepcopy(agent))
-    torch.set_num_threads(2)
-    accelerated(agent, data)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert_same(agent, before[1])
-    assert torch.get_num_threads() == threads
+class TensorInPrepare(CIQL):
+    def prepare(self, data):
+        self.mean = data.rewards.mean()
+        return super().prepare(data)
+
+
+class TensorThatComesLater(CIQL):
+    def update(self, data):
+        metrics = super().update(data)
+        self.mean = metrics["q"]
+        return metrics
+
+
+@pytest.mark.parametrize("idea", [TensorAtTheStart, TensorInPrepare, TensorThatComesLater])
+def test_tensor_that_a_resume_would_forget(lab, idea):
+    """It is refused by name, before training, or when it would first be saved."""
+    with refused("mean is a Tensor, which is not saved; make it a nn.Buffer"):
+        ciql_pybullet.train(lab_config(name="run"), make_agent=idea)
+    assert (lab / "runs").exists() == (idea is TensorThatComesLater)
+    assert not (lab / "runs/run/checkpoint.pt").exists()
+
+
+class OnlyPolicyLoss(CIQL):
+    def losses(self, batch):
+        return -self.policy.log_prob(batch.observations, batch.actions).mean(), {}
+
+
+def test_losses_may_report_nothing(lab):
+    """There is no q_loss that the penalty could be added to."""
+    folder, _ = ciql_pybullet.train(lab_config(), make_agent=OnlyPolicyLoss)
+    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert "q_loss" not in columns and "penalty" in columns

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tables
-from conftest import refused, snapshot
+from conftest import refused
 from scipy import stats
-from tables import iqm_interval, mean_interval
 
 import ciql_pybullet as ciql
 
@@ -16,26 +15,36 @@ HOPPER = ciql.ROBOTS["HopperBulletEnv-v0"]
 
 
 def test_intervals_are_those_of_scipy():
-    """Of a column, of a curve, of groups; a single seed has none."""
+    """Of a column and of a curve; a single seed has none."""
     returns = pd.DataFrame(np.random.default_rng(0).normal(size=(5, 3)))
     expected = stats.ttest_1samp(returns, 0).confidence_interval()
-    assert np.allclose(mean_interval(returns)[1:], expected)
-    groups = returns[2].groupby([1, 1, 1, 1, 1])
-    for column in (mean_interval(returns[2]), [part[1] for part in mean_interval(groups)]):
-        assert np.allclose(column[1:], (expected.low[2], expected.high[2]))
-    value, low, high = mean_interval(pd.Series([3.0]))
+    assert np.allclose(tables.mean_interval(returns)[1:], expected)
+    column = tables.mean_interval(returns[2])
+    assert np.allclose(column[1:], (expected.low[2], expected.high[2]))
+    value, low, high = tables.mean_interval(pd.Series([3.0]))
     assert value == 3 and np.isnan(low) and np.isnan(high)
 
 
-def test_interquartile_mean():
-    """Its interval resamples seeds within each data set, and so is blind to how these differ."""
-    rng = np.random.default_rng(0)
-    figures = pd.DataFrame(rng.normal(size=(8, 2)))
-    value, low, high = iqm_interval(figures)
-    assert value == pytest.approx(np.sort(figures.to_numpy().flatten())[4:12].mean())
-    assert low < value < high
-    _, low, high = iqm_interval(figures + [0, 1000])
-    assert high - low < 2
+def test_welch():
+    """Seeds are no pairs, and two methods may spread differently: Welch's formula, written out."""
+    one = np.array([111.0, 510, 912, 700])
+    two = np.array([5.0, 7, 9])
+    variances = np.array([one.var(ddof=1) / 4, two.var(ddof=1) / 3])
+    degrees = variances.sum() ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 2)
+    half = stats.t.ppf(0.975, degrees) * np.sqrt(variances.sum())
+    difference = one.mean() - two.mean()
+    comparison = tables.compare(pd.Series(one), pd.Series(two))
+    expected = (difference, difference - half, difference + half)
+    assert comparison.difference == pytest.approx(expected)
+    p = 2 * stats.t.sf(difference / np.sqrt(variances.sum()), degrees)
+    assert comparison.p == pytest.approx(p)
+
+
+def test_holm():
+    """The smallest p counts for all comparisons, the next for one less; never below the last."""
+    corrected = tables.holm(np.array([0.04, 0.01, 0.015, 0.9]))
+    assert corrected == pytest.approx([0.08, 0.04, 0.045, 0.9])
+    assert tables.holm(np.array([0.02, 0.021])) == pytest.approx([0.04, 0.04])
 
 
 def tables_of(returns, dataset="hopper-bullet-medium-v0"):
@@ -43,7 +52,7 @@ def tables_of(returns, dataset="hopper-bullet-medium-v0"):
 
     The curves begin with another figure, which is not of the last three evaluations.
     """
-    facts = {"env_id": "HopperBulletEnv-v0", "data_return": 800.0, "commit": "one", "error": ""}
+    facts = {"env_id": "HopperBulletEnv-v0", "data_return": 800.0, "version": "one", "error": ""}
     stale = {"state": "complete", "final_return": -1.0, "evaluations": 9, "score": -1.0}
     summary = []
     curves = []
@@ -57,99 +66,98 @@ def tables_of(returns, dataset="hopper-bullet-medium-v0"):
 
 
 @pytest.fixture
-def summarized(tmp_path, capsys):
-    """A function that summarizes such tables: what is printed."""
+def study_of(tmp_path):
+    """A function that writes such tables into a folder, which it returns."""
 
-    def summarize(summary, curves, baseline=""):
-        pd.DataFrame(summary).to_csv(tmp_path / "summary.csv", index=False)
-        pd.DataFrame(curves).to_csv(tmp_path / "curves.csv", index=False)
-        tables.summarize(tmp_path, baseline)
-        return capsys.readouterr().out
+    def write(summary, curves, name="s"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        pd.DataFrame(summary).to_csv(tmp_path / name / "summary.csv", index=False)
+        pd.DataFrame(curves).to_csv(tmp_path / name / "curves.csv", index=False)
+        return tmp_path / name
 
-    return summarize
+    return write
 
 
 def has_line(out, pattern):
-    return re.search(f"^{pattern}$", out, re.MULTILINE)
+    return re.search(f"^ *{pattern} *$", out, re.MULTILINE)
 
 
-def test_seeds_are_paired(summarized, tmp_path):
-    """A difference is of runs of the same seed: narrow where seeds differ more than methods do.
+def test_summary(study_of, capsys):
+    """Means, and Welch's differences to the first method, or to the one that is named.
 
     Final returns are of the last evaluations in curves.csv, whatever summary.csv says.
     """
-    summary, curves = tables_of({"CIQL": [100.0, 500.0, 900.0], "IQL": [111, 510, 912]})
+    one = [100.0, 500.0, 900.0]
+    two = [5.0, 7, 12]
+    summary, curves = tables_of({"CIQL": one, "IQL": two})
     failed = {"dataset": "d", "method": "IQL", "seed": 3, "state": "failed", "error": "its error"}
-    out = summarized([*summary, failed], curves)
-    assert has_line(out, r"CIQL +3 +500\.0 \[-493\.7, 1493\.7\] *")
-    assert has_line(out, r"IQL +3 +511\.0 \[-483\.9, 1505\.9\] +11\.0 \[8\.5, 13\.5\]")
-    assert "FAILED d, IQL, seed 3: its error" in out
-    assert "interquartile" not in out and "NOTE" not in out
-    for picture in ("study_returns.png", "study_scores.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    folder = study_of([*summary, failed], curves)
+    tables.summarize([folder])
+    out = capsys.readouterr().out
+    low, high = stats.ttest_ind(two, one, equal_var=False).confidence_interval()
+    assert has_line(out, r"CIQL +3 +500 \[-494, 1494\]")
+    assert has_line(out, rf"IQL +3 +8 \[-1, 17\] +-492 \[{low:.0f}, {high:.0f}\] +0\.17 +0\.17")
+    assert "FAILED d, IQL, seed 3: its error" in out and "NOTE" not in out
+    assert "the last 3 evaluations" in out and "for the 1 comparisons" in out
+
+    tables.summarize([folder], baseline="IQL")
+    assert has_line(capsys.readouterr().out, r"CIQL +3 +500 \[.*\] +492 \[.*\] +0\.17 +0\.17")
+    with refused("the methods are CIQL, IQL"):
+        tables.summarize([folder], baseline="three")
+    assert not list(folder.glob("*.png"))  # a committed study stays as it is
 
 
-def test_differences_to_a_baseline(summarized, tmp_path):
-    """The table begins with the method that is named; pictures stay as they are."""
-    made = tables_of({"one": [1.0, 2, 3], "two": [5.0, 7, 9]})
-    summarized(*made)
-    before = snapshot(tmp_path)
-    out = summarized(*made, baseline="two")
-    pattern = r"two +3 +7\.0 \[.*\] *\none +3 +2\.0 \[.*\] +-5\.0 \[-7\.5, -2\.5\]"
-    assert has_line(out, pattern) and snapshot(tmp_path) == before
-    with refused(f"the methods of {tmp_path} are one, two"):
-        summarized(*made, baseline="three")
+def test_several_studies_are_one_family_of_comparisons(study_of, capsys):
+    """And runs of two versions of the script are told."""
+    one = study_of(*tables_of({"a": [1.0, 2, 3], "b": [11.0, 12, 13]}, "set1"), name="one")
+    summary, curves = tables_of({"a": [1.0, 2, 3], "b": [1.0, 2, 4]}, "set2")
+    summary[0]["version"] = "two"
+    tables.summarize([one, study_of(summary, curves, name="two")])
+    out = capsys.readouterr().out
+    p = stats.ttest_ind([11.0, 12, 13], [1.0, 2, 3], equal_var=False).pvalue
+    assert has_line(out, rf"b +3 +12 \[.*\] +10 \[.*\] +{p:.2g} +{2 * p:.2g}")
+    assert "for the 2 comparisons" in out and "of 2 versions of the script" in out
 
 
-def test_versions_of_the_script(summarized):
-    """Runs of two versions are not paired by seed, and the table says so."""
-    summary, curves = tables_of({"CIQL": [1.0, 2, 3], "IQL": [5.0, 7, 10]})
-    summary[-1]["commit"] = "two"  # IQL's seed 2
-    out = summarized(summary, curves)
-    low, high = stats.ttest_1samp([4.0, 5.0], 0).confidence_interval()
-    assert has_line(out, rf"IQL +3 +7\.3 \[.*\] +4\.5 \[{low:.1f}, {high:.1f}\], 2 seeds")
-    assert has_line(out, "NOTE +these runs are of 2 versions of the script.*")
-
-    for row in summary[:3]:
-        row["commit"] = "two"
-    summary[-1]["commit"] = ""  # of a copy without git
-    out = summarized(summary, curves)
-    assert "difference" not in out.split("NOTE")[0] and "of 3 versions" in out
-
-
-def test_several_data_sets(summarized):
-    """Scores count by their mean per seed, for methods that ran on all; from 8 seeds on IQMs."""
-    rng = np.random.default_rng(0)
-    one, curves = tables_of({"a": rng.normal(size=8), "b": rng.normal(size=8), "c": [1.0]}, "one")
-    two, more = tables_of({"a": rng.normal(size=8), "b": rng.normal(size=9)}, "two")
-    out = summarized(one + two, curves + more)
-    pooled = out[out.index("all data sets, score") :]
-    finals = pd.DataFrame(curves + more).query("method == 'b' and seed < 8 and step == 30")
-    scores = HOPPER.score(finals["return_mean"])
-    interval = mean_interval(scores.groupby(finals["seed"]).mean())
-    assert has_line(pooled, rf"b +16 +{re.escape(str(interval))}.*")
-    assert "interquartile mean" in pooled and not has_line(pooled, "c .*")
-
-
-def test_no_score_without_references(summarized, tmp_path):
-    summary, curves = tables_of({"CIQL": [1.0, 2.0]})
-    for row in summary:
-        row.update(score=None, env_id="lab:Lab-v0", data_return=None)
-    assert has_line(summarized(summary, curves), r"CIQL +2 +1\.5 \[-4\.9, 7\.9\] *")
-    assert {path.name for path in tmp_path.glob("*.png")} == {"study_returns.png"}
-
-
-def test_pictures(summarized, monkeypatch):
-    """No line is in a legend that is not in view; scores have methods as rows."""
-    summary, curves = tables_of({"CIQL": [900.0, 1000.0], "IQL alpha=1": [700.0, 720.0]})
+def drawn(folder, monkeypatch):
+    """The panels of a study's picture."""
     figures = []
     keep = lambda figure, path, **options: figures.append(figure)
     monkeypatch.setattr(tables.Figure, "savefig", keep)
-    summarized(summary, [row for row in curves if row["step"] > 10])
-    (returns,), (scores,) = (figure.axes for figure in figures)
-    legend = [text.get_text() for text in returns.get_legend().get_texts()]
-    assert legend == ["CIQL (2)", "IQL alpha=1 (2)", "data set, 800"]  # random 19, expert 2500
-    assert [text.get_text() for text in scores.get_yticklabels()] == ["CIQL", "IQL alpha=1"]
-    dots = scores.get_lines()[0]
-    assert np.allclose(dots.get_xdata(), HOPPER.score(np.array([900, 1e3, 700, 720])))
-    assert list(dots.get_ydata()) == [0, 0, 1, 1]
+    tables.draw(folder)
+    return figures[0].axes
+
+
+def test_picture(study_of, monkeypatch):
+    """Four seeds are a mean and Student's band, fewer a line each; a method has one colour."""
+    finals = [900.0, 1000.0, 1100.0, 1400.0]
+    summary, curves = tables_of({"IQL": finals, "own": [700.0, 720.0]})
+    (axes,) = drawn(study_of(summary, curves), monkeypatch)
+    mean, *seeds, data = axes.get_lines()
+    assert list(mean.get_xdata()) == [10, 20, 30, 40] == list(axes.get_xticks())
+    assert mean.get_ydata()[2] == np.mean(finals)
+    (band,) = axes.collections
+    low, high = stats.ttest_1samp(finals, 0).confidence_interval()
+    at_30 = [y for x, y in band.get_paths()[0].vertices if x == 30]
+    assert (min(at_30), max(at_30)) == pytest.approx((low, high))
+    assert [line.get_ydata()[2] for line in seeds] == [700, 720]
+    assert list(data.get_ydata()) == [800, 800]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["IQL (4 seeds)", "own (2 seeds)", "data, 800"]
+    colors = (mean.get_color(), seeds[0].get_color())
+
+    summary, curves = tables_of({"cloning": finals, "IQL": finals})
+    (axes,) = drawn(study_of(summary, curves), monkeypatch)
+    assert axes.get_lines()[1].get_color() == colors[0] != colors[1]
+
+
+def test_no_references(study_of, capsys):
+    """An environment of one's own has no score."""
+    summary, curves = tables_of({"CIQL": [1.0, 2.0]})
+    for row in summary:
+        row.update(score=None, env_id="lab:Lab-v0", data_return=None)
+    folder = study_of(summary, curves)
+    tables.summarize([folder])
+    tables.draw(folder)
+    assert has_line(capsys.readouterr().out, r"CIQL +2 +2 \[-5, 8\]")
+    assert (folder / "study_returns.png").read_bytes().startswith(b"\x89PNG")
