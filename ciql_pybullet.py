@@ -104,6 +104,7 @@ class Config:
     polyak: float = 0.005  # share of the critic that moves into its target each step
     clamp_advantage: bool = True  # max(0, A) in the policy weights; IQL does not clamp
     max_weight: float = 100.0  # cap of the policy weights exp(beta * A)
+    q_weight: float = 0.0  # above 0 the policy climbs Q with this weight, instead of beta's cloning
     hidden_sizes: tuple[int, ...] = (256, 256)  # ReLU layers of every network
     min_log_std: float = -5.0  # floor of the policy's log standard deviation
     # Schedule
@@ -139,17 +140,6 @@ def mlp(*sizes: int) -> nn.Sequential:
     for size_in, size_out in itertools.pairwise(sizes):
         layers += [nn.Linear(size_in, size_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-class ValueNetwork(nn.Module):
-    """V(s): (B, observation_dim) -> (B,)."""
-
-    def __init__(self, observation_dim: int, hidden_sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.v = mlp(observation_dim, *hidden_sizes, 1)
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.v(observations).squeeze(-1)
 
 
 class QNetworks(nn.Module):
@@ -251,6 +241,18 @@ def awr_weights(
     return torch.exp(beta * advantage).clamp(max=max_weight)
 
 
+def climbing_loss(squared_errors: Tensor, gains: Tensor, q_weight: float) -> Tensor:
+    """log E (μ(s) − a)² − w · E ΔQ / rms ΔQ: (B, action_dim), (B,) -> ().
+
+    ``gains`` are ΔQ = Q̄(s, μ(s)) − Q̄(s, a). This is DDPG+BC (Park et al., 2024, arXiv 2406.09329)
+    in which neither term has a unit. log E (μ(s) − a)² is the cloning loss of a Gaussian whose σ
+    fits best, and rms ΔQ grows with the distance of μ(s) from a. So the policy moves away from the
+    data by about as much as their actions scatter, whatever the rewards and the robot.
+    """
+    rms = gains.detach().square().mean().sqrt()
+    return squared_errors.mean().log() - q_weight * gains.mean() / rms
+
+
 # -------------------------------------------------------------------------------------------- agent
 class Transitions(NamedTuple):
     """N transitions, float32."""
@@ -294,7 +296,8 @@ class CIQL(nn.Module):
         self.action_dim = action_dim
         self.device = find_device(config.device)
         self.policy = make_policy(observation_dim, action_dim, config)
-        self.value: nn.Module = ValueNetwork(observation_dim, config.hidden_sizes)
+        v = mlp(observation_dim, *config.hidden_sizes, 1)
+        self.value: nn.Module = nn.Sequential(v, nn.Flatten(0))  # (B, observation_dim) -> (B,)
         self.critic = self.make_critic()
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(self.device)
@@ -327,10 +330,16 @@ class CIQL(nn.Module):
         return q_bar, y
 
     def policy_loss(self, batch: Transitions, advantage: Tensor) -> Tensor:
-        """Cloning of the data's actions, weighted by their advantage (B,): ()."""
+        """Cloning weighted by the advantage (B,), or with ``q_weight`` cloning and climbing: ()."""
         c = self.config
+        s = batch.observations
+        a = batch.actions
+        if c.q_weight > 0:
+            mu = self.policy(s)
+            gains = self.target_critic(s, mu).amin(0) - self.target_critic(s, a).amin(0)
+            return climbing_loss((mu - a) ** 2, gains, c.q_weight)
         weights = awr_weights(advantage, c.beta, c.max_weight, c.clamp_advantage)
-        return -(weights * self.policy.log_prob(batch.observations, batch.actions)).mean()
+        return -(weights * self.policy.log_prob(s, a)).mean()
 
     def losses(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         """The sum of the losses of V, Q and π without the penalty, (), and figures for the log.
@@ -393,8 +402,8 @@ class CIQL(nn.Module):
             gaps = self.gaps(batch, negative_actions)
             q_data = self.critic(batch.observations, batch.actions).float()
         rounding = torch.finfo(self.rough_dtype).eps / 2
-        size_of_q_neg = (gaps + q_data.mean(-1)).abs()
-        return gaps, rounding * (size_of_q_neg + q_data.abs().mean(-1))
+        # Both terms of a gap are rounded, and |E_ā Q(s,ā)| is at most |gap| + E_a |Q(s,a)|.
+        return gaps, rounding * (gaps.abs() + 2 * q_data.abs().mean(-1))
 
     def sample(self, data: Transitions) -> Transitions:
         """A batch of ``data``: transitions drawn uniformly, with replacement."""
@@ -561,7 +570,6 @@ def train(
     Raises InputError for what is wrong with settings and data, FloatingPointError for losses that
     are not finite, and SystemExit for a signal, once all is saved.
     """
-    start = time.perf_counter()
     check(config)
     with contextlib.ExitStack() as stack:
         config = use_machine(config, stack)
@@ -606,14 +614,13 @@ def train(
 
     evaluations = evaluations_of(run.rows)
     final, count = final_return([row["return_mean"] for row in evaluations])
-    references = ROBOTS.get(run.env_id)
-    score = f", score {references.score(final):.1f}" if references else ""
-    total = len(evaluations)
-    say(f"final  {final:.1f} is the mean of the last {count} of {total} evaluations{score}")
+    line = f"final  {final:.1f} is the mean of the last {count} of {len(evaluations)} evaluations"
+    if run.env_id in ROBOTS:
+        line += f", score {ROBOTS[run.env_id].score(final):.1f}"
+    say(line)
     if config.film:
         write_film(run.folder / "policy.gif", agent.evaluated_policy(), config)
-    minutes = (time.perf_counter() - start) / 60
-    say(f"wrote  {config.plot} and {run.folder}, in {minutes:.1f} minutes")
+    say(f"wrote  {config.plot} and {run.folder}")
     return run.folder, evaluations
 
 
@@ -642,7 +649,7 @@ def find_rough_dtype() -> torch.dtype:
 
 
 def use_machine(config: Config, stack: contextlib.ExitStack) -> Config:
-    """Have torch use the threads and the precision of ``config`` until the ``stack`` ends.
+    """Have torch use the precision of ``config``, and its threads until the ``stack`` ends.
 
     Returns ``config`` with the number of threads, as another one gives other last digits.
     """
@@ -650,7 +657,6 @@ def use_machine(config: Config, stack: contextlib.ExitStack) -> Config:
         raise RuntimeError("train needs the main thread: torch's random numbers are shared by all")
     threads = torch.get_num_threads()
     stack.callback(torch.set_num_threads, threads)
-    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     torch.set_float32_matmul_precision(config.matmul_precision)
     config = dataclasses.replace(config, threads=config.threads or min(4, threads))
     torch.set_num_threads(config.threads)
@@ -672,12 +678,11 @@ def say_where(agent: CIQL) -> None:
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
-    """The state of torch's and NumPy's random numbers, of types that a checkpoint may hold."""
-    numpy_state: Any = np.random.get_state(legacy=False)
-    keys = numpy_state["state"]["key"].tolist()  # a checkpoint holds no arrays
-    numpy_state["state"]["key"] = keys
+    """The state of torch's and NumPy's random numbers, in types that a checkpoint may hold."""
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy_state}
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": (kind, keys.tolist(), *rest)}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
@@ -730,19 +735,19 @@ ROBOTS = {
     "Walker2DBulletEnv-v0": References(random=15.0, expert=2500.0),
     "AntBulletEnv-v0": References(random=432.0, expert=3300.0),
 }
-DATASETS = {  # of github.com/takuseno/d4rl-pybullet: environment, and key of the address
-    "halfcheetah-bullet-random-v0": ("HalfCheetahBulletEnv-v0", "jnvpb1hp60zt2ak"),
-    "halfcheetah-bullet-medium-v0": ("HalfCheetahBulletEnv-v0", "v4xgssp1w968a9l"),
-    "halfcheetah-bullet-mixed-v0": ("HalfCheetahBulletEnv-v0", "scj1rqun963aw90"),
-    "hopper-bullet-random-v0": ("HopperBulletEnv-v0", "bino8ojd7iq4p4d"),
-    "hopper-bullet-medium-v0": ("HopperBulletEnv-v0", "w22kgzldn6eng7j"),
-    "hopper-bullet-mixed-v0": ("HopperBulletEnv-v0", "xv3p0h7dzgxt8xb"),
-    "walker2d-bullet-random-v0": ("Walker2DBulletEnv-v0", "1gwcfl2nmx6878m"),
-    "walker2d-bullet-medium-v0": ("Walker2DBulletEnv-v0", "v0f2kz48b1hw6or"),
-    "walker2d-bullet-mixed-v0": ("Walker2DBulletEnv-v0", "i4u2ii0d85iblou"),
-    "ant-bullet-random-v0": ("AntBulletEnv-v0", "2xpmh4wk2m7i8xh"),
-    "ant-bullet-medium-v0": ("AntBulletEnv-v0", "6n79kwd94xthr1t"),
-    "ant-bullet-mixed-v0": ("AntBulletEnv-v0", "pmy3dzab35g4whk"),
+DATASETS = {  # of github.com/takuseno/d4rl-pybullet, with the key of the address
+    "halfcheetah-bullet-random-v0": "jnvpb1hp60zt2ak",
+    "halfcheetah-bullet-medium-v0": "v4xgssp1w968a9l",
+    "halfcheetah-bullet-mixed-v0": "scj1rqun963aw90",
+    "hopper-bullet-random-v0": "bino8ojd7iq4p4d",
+    "hopper-bullet-medium-v0": "w22kgzldn6eng7j",
+    "hopper-bullet-mixed-v0": "xv3p0h7dzgxt8xb",
+    "walker2d-bullet-random-v0": "1gwcfl2nmx6878m",
+    "walker2d-bullet-medium-v0": "v0f2kz48b1hw6or",
+    "walker2d-bullet-mixed-v0": "i4u2ii0d85iblou",
+    "ant-bullet-random-v0": "2xpmh4wk2m7i8xh",
+    "ant-bullet-medium-v0": "6n79kwd94xthr1t",
+    "ant-bullet-mixed-v0": "pmy3dzab35g4whk",
 }
 DOWNLOAD_URL = "https://www.dropbox.com/s/{key}/{dataset}.hdf5?dl=1"
 NETWORK_TIMEOUT = 5.0  # seconds, to connect and between two pieces of a download
@@ -929,12 +934,12 @@ def find_dataset(dataset: str) -> Path:
     InputError if an id has no file.
     """
     if dataset not in DATASETS:
-        return Path(dataset)
+        return Path(dataset).absolute()
     folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
     path = Path(folder, f"{dataset}.hdf5")
     if path.exists():
         return path
-    url = DOWNLOAD_URL.format(key=DATASETS[dataset][1], dataset=dataset)
+    url = DOWNLOAD_URL.format(key=DATASETS[dataset], dataset=dataset)
     try:
         with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT) as response:
             content = response.read()
@@ -955,22 +960,24 @@ def find_dataset(dataset: str) -> Path:
 
 def load_dataset(config: Config, data: Transitions | None = None) -> Dataset:
     """Find, read, check and print the data set, or ``data`` of the caller's. Raises InputError."""
-    with contextlib.closing(make_environment(environment_id(config), config.film)) as env:
+    path = find_dataset(config.dataset)
+    with open_environment(environment_id(config)) as env:
         if data is None:
             limit = config.max_episode_steps or env.spec.max_episode_steps
-            dataset = read_dataset(find_dataset(config.dataset), limit)
+            dataset = read_dataset(path, limit)
         else:
             dataset = dataset_of(data)
         transitions = check_transitions(dataset.transitions, env, dataset.name)
-    terminations = int(transitions.terminations.sum())
     say(
         f"data   {dataset.name}, in {dataset.layout}: {len(transitions.rewards):,} transitions,"
-        f" {terminations:,} of them terminations"
+        f" {int(transitions.terminations.sum()):,} of them terminations"
     )
     returns = dataset.returns
     if len(returns):
-        std = returns.std()
-        say(f"       {len(returns):,} episodes, mean return {returns.mean():.1f} ± {std:.1f}")
+        say(
+            f"       {len(returns):,} episodes, mean return {returns.mean():.1f} ±"
+            f" {returns.std():.1f}"
+        )
     if config.dataset in DATASETS and dataset.source:
         say(f"NOTE   this is not the published {config.dataset}, but {dataset.source}")
     return dataset._replace(transitions=transitions)
@@ -991,8 +998,10 @@ def environment_id(config: Config) -> str:
     """The environment of the data set. Raises InputError if it cannot be told."""
     if config.env_id:
         return config.env_id
-    if config.dataset in DATASETS:
-        return DATASETS[config.dataset][0]
+    robot, _, _ = config.dataset.partition("-")
+    for env_id in ROBOTS:
+        if config.dataset in DATASETS and env_id.lower().startswith(robot):
+            return env_id
     raise InputError(
         f"dataset is {config.dataset}, but must be an .hdf5 file, with env_id, or of"
         f" {', '.join(DATASETS)}"
@@ -1001,10 +1010,8 @@ def environment_id(config: Config) -> str:
 
 def checksum_of(data: Transitions) -> str:
     """The CRC-32 by which a resumed run recognises its data."""
-    checksum = 0
-    for column in data:
-        checksum = zlib.crc32(column.contiguous().numpy().data, checksum)
-    return f"{checksum:08x}"
+    numbers = np.concatenate([column.numpy().ravel() for column in data])
+    return f"{zlib.crc32(numbers.data):08x}"
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -1028,25 +1035,29 @@ def quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def make_environment(env_id: str, with_pictures: bool = False) -> Any:
-    """The environment, to be closed by the caller. Raises InputError if CIQL cannot act in it."""
+@contextlib.contextmanager
+def open_environment(env_id: str, with_pictures: bool = False) -> Iterator[Any]:
+    """Context with the environment. Raises InputError if CIQL cannot act in it."""
     with quiet():
         import gymnasium
         import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
 
-        options: Any = {"render_mode": "rgb_array"} if with_pictures else {}
+    options: Any = {"render_mode": "rgb_array"} if with_pictures else {}
+    with contextlib.chdir("."):  # an environment may change the folder, which this puts back
         try:
             env: Any = gymnasium.make(env_id, **options)
         except gymnasium.error.Error as error:
             raise InputError(f"env_id is {env_id}: {error}") from error
-        # A fault of the simulator: after its first reset rewards are off by a constant. This is the
-        # first, and whoever plays resets again.
-        env.reset(seed=0)
-    box = env.action_space
-    is_bounded = isinstance(box, gymnasium.spaces.Box) and box.is_bounded()
-    if not is_bounded or not env.spec.max_episode_steps:
-        raise InputError(f"env_id is {env_id}, but CIQL needs bounded actions and a time limit")
-    return env
+        box = env.action_space
+        is_bounded = isinstance(box, gymnasium.spaces.Box) and box.is_bounded()
+        if not is_bounded or not env.spec.max_episode_steps:
+            raise InputError(f"env_id is {env_id}, but CIQL needs bounded actions and a time limit")
+        with contextlib.closing(env):
+            # A fault of the simulator: after its first reset rewards are off by a constant. This is
+            # the first, and whoever plays resets again.
+            with quiet():
+                env.reset(seed=0)
+            yield env
 
 
 def middle_and_half(box: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -1068,7 +1079,7 @@ def play_episode(
     total = 0.0
     failure = f"an episode of {env_id}, seed {seed}, failed"
     with (
-        contextlib.closing(make_environment(env_id, with_pictures=frames is not None)) as env,
+        open_environment(env_id, with_pictures=frames is not None) as env,
         torch.random.fork_rng([]),  # a policy that samples takes no number from training
     ):
         torch.default_generator.manual_seed(seed)
@@ -1118,7 +1129,7 @@ def write_film(path: Path, policy: nn.Module, config: Config) -> None:
 
     frames: list[np.ndarray] = []
     play_episode(policy, environment_id(config), config.seed, frames)
-    images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
+    images = [Image.fromarray(frame).quantize(64) for frame in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
     say(f"film   {path}")
 
@@ -1231,9 +1242,8 @@ class Run:
 
     def describe(self) -> None:
         """Write config.json, and copy the code that this process runs."""
-        versions = {"data": self.dataset.name, "torch": torch.__version__}
-        content = json.dumps(self.facts | versions, indent=2)
-        write_whole(self.folder / "config.json", content.encode())
+        content = self.facts | {"data": self.dataset.name, "torch": torch.__version__}
+        write_whole(self.folder / "config.json", json.dumps(content, indent=2).encode())
         code = self.folder / f"code-from-step-{self.agent.steps}"
         code.mkdir(exist_ok=True)
         for module in {__name__, type(self.agent).__module__}:
@@ -1437,35 +1447,33 @@ def plot_returns(run: Run) -> None:
 
 
 # ----------------------------------------------------------------------------------------- commands
-AT_LEAST_ONE = (
-    "num_neg",
-    "max_weight",
-    "batch_size",
-    "max_steps",
-    "log_interval",
-    "eval_interval",
-    "eval_episodes",
-)
-RANGES = {  # the smallest and the largest value that make sense
-    "seed": (0, 2**32 - 1),
-    "gamma": (0, 1),
-    "tau": (0.001, 0.999),
-    "beta": (0, 1e6),
-    "alpha": (0, 1e6),
-    "polyak": (1e-6, 1),
-    "lr": (1e-12, 1e3),
-    **dict.fromkeys(AT_LEAST_ONE, (1, 1e15)),
+SMALLEST = {
+    "seed": 0,
+    "gamma": 0,
+    "tau": 0.001,
+    "beta": 0,
+    "alpha": 0,
+    "num_neg": 1,
+    "polyak": 1e-6,
+    "max_weight": 1,
+    "q_weight": 0,
+    "lr": 1e-12,
+    "batch_size": 1,
+    "max_steps": 1,
+    "log_interval": 1,
+    "eval_interval": 1,
+    "eval_episodes": 1,
 }
+LARGEST = {"seed": 2**32 - 1, "gamma": 1, "tau": 0.999, "polyak": 1}
 
 
 def check(config: Config) -> None:
     """Raise InputError for a setting out of its range."""
-    for name, (smallest, largest) in RANGES.items():
+    for name, smallest in SMALLEST.items():
         value = getattr(config, name)
+        largest = LARGEST.get(name, 1e15)
         if not smallest <= value <= largest:  # as NaN
-            raise InputError(f"{name} is {value}, but must be from {smallest:g} to {largest:g}")
-    if config.name and config.resume:
-        raise InputError("name and resume are set, and each selects a run; give one of them")
+            raise InputError(f"{name} is {value}, but must be from {smallest} to {largest:g}")
 
 
 def parse(arguments: Sequence[str]) -> Config:
