@@ -57,9 +57,14 @@ IQL = {
     "clamp_advantage": False,
     "policy_lr_decay": True,
 }
+# IQL's values, and a policy that climbs them
+DDPG_BC = {"alpha": 0.0, "tau": 0.7, "policy_lr_decay": True, "q_weight": 1.0}
 METHODS = {
     "CIQL": Method(ciql.CIQL, {}),
     "IQL": Method(ciql.CIQL, IQL),
     "cloning": Method(ciql.CIQL, {"alpha": 0.0, "beta": 0.0}),
+    "DDPG+BC": Method(ciql.CIQL, DDPG_BC),
+    "DDPG+BC+CQL": Method(ciql.CIQL, DDPG_BC | {"alpha": 1.0}),
+    "DDPG+BC+near": Method(NearActions, DDPG_BC | {"alpha": 1.0}),
     "AveragedPolicy": Method(AveragedPolicy, {}),
 }

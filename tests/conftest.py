@@ -242,7 +242,7 @@ LAB_SETTINGS = {
     "eval_interval": 20,
     "log_interval": 10,
     "eval_episodes": 2,
-    "threads": 2,
+    "threads": 1,
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import refused
 
-from ciql_pybullet import CIQL, Config, Transitions, ValueNetwork, move_towards
+from ciql_pybullet import CIQL, Config, Transitions, mlp, move_towards
 
 S = 5  # observation_dim
 A = 3  # action_dim
@@ -32,7 +32,7 @@ def net(p, prefix, x):
 
 
 def value(p, s):
-    return net(p, "value.v", s)[:, 0]
+    return net(p, "value.0", s)[:, 0]
 
 
 def q(p, critic, k, s, a):
@@ -73,6 +73,12 @@ def reference(p, frozen, batch, negatives, c):
         "advantage": advantage.mean(),
         "policy_std": p["policy.log_std"].exp().mean(),
     }
+    if c.q_weight:
+        mu = net(p, "policy.mu", s).tanh()
+        q_mu = q(frozen, "target_critic", 1, s, mu).minimum(q(frozen, "target_critic", 2, s, mu))
+        rms = ((q_mu - q_bar).detach() ** 2).mean().sqrt()
+        climbing = (q_mu - q_bar).mean() / rms
+        figures["policy_loss"] = ((mu - a) ** 2).mean().log() - c.q_weight * climbing
     if c.alpha:
         gaps = [gap(p, k, s, a, negatives) for k in (1, 2)]
         penalty = gaps[0].maximum(ZERO) + gaps[1].maximum(ZERO)
@@ -130,6 +136,7 @@ RECIPES = {
     "CIQL": {"alpha": 1.5, "beta": 2.0, "max_weight": 1.5},
     "IQL": {"alpha": 0.0, "beta": 3.0, "clamp_advantage": False, "policy_lr_decay": True},
     "cloning": {"alpha": 0.0, "beta": 0.0},
+    "climbing": {"alpha": 0.0, "q_weight": 0.7},
 }
 
 
@@ -140,7 +147,8 @@ def on_cuda(agent):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "path"), [("CIQL", "cpu"), ("CIQL", "cuda"), ("IQL", "cpu"), ("cloning", "cpu")]
+    ("recipe", "path"),
+    [("CIQL", "cpu"), ("CIQL", "cuda"), ("IQL", "cpu"), ("cloning", "cpu"), ("climbing", "cpu")],
 )
 def test_steps_are_those_of_the_reference(recipe, path):
     """Figures, gradients and weights, with the gaps measured first, computed, or not needed."""
@@ -421,7 +429,7 @@ def test_losses_of_an_instance_are_not_compiled_away():
 def test_parameters_that_nothing_would_train_or_save():
     """Each is refused until it was given to ``make_optimizer``, and is the agent's own."""
     agent = started(small())
-    agent.value = ValueNetwork(S, (12,))
+    agent.value = torch.nn.Sequential(mlp(S, 12, 1), torch.nn.Flatten(0))
     with refused("give each network to make_optimizer"):
         agent.check_attributes()
     agent.make_optimizer(agent.policy, agent.value, agent.critic)
@@ -429,7 +437,7 @@ def test_parameters_that_nothing_would_train_or_save():
     agent.policy.fixed = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     agent.check_attributes()
 
-    agent.others = [ValueNetwork(S, (8,))]  # a plain list, which nothing would save
+    agent.others = [mlp(S, 8, 1)]  # a plain list, which nothing would save
     agent.make_optimizer(agent.policy, agent.value, agent.critic, *agent.others)
     with refused("nn.ModuleList"):
         agent.check_attributes()

@@ -1,5 +1,6 @@
 """Both layouts, on files the tests write; what is refused; where data come from; environments."""
 
+import contextlib
 import http.server
 import threading
 import time
@@ -33,14 +34,15 @@ def robots(monkeypatch):
     """Robots have their spaces and specs, and no simulator."""
     shapes = {"HalfCheetah": (26, 6), "Hopper": (15, 3)}
 
-    def make(env_id, with_pictures=False):
+    @contextlib.contextmanager
+    def opened(env_id, with_pictures=False):
         observation_dim, action_dim = shapes[env_id.partition("Bullet")[0]]
         ones = np.ones(action_dim)
         env = box_environment(-ones, ones, observation_dim)
         env.spec = gymnasium.spec(env_id)
-        return env
+        yield env
 
-    monkeypatch.setattr(ciql, "make_environment", make)
+    monkeypatch.setattr(ciql, "open_environment", opened)
 
 
 def load_for_hopper(data=None, **settings):
@@ -181,7 +183,7 @@ BAD_FILES = {
     "truncated": (cut_short, "cannot be read"),
     "missing key": (hopper(terminals=None), "'terminals'"),
     "one observation": (hopper(observations=1), "cannot be read"),
-    "flat observations": (hopper(observations=ZEROS, timeouts=ZEROS), ""),
+    "flat observations": (hopper(observations=ZEROS, next_observations=ZEROS, timeouts=ZEROS), ""),
     "other observations": (hopper(observations=np.ones((132, 14))), "(14,), but"),
     "short rewards": (hopper(rewards=ZEROS[1:]), "cannot be read"),
     "wide rewards": (hopper(rewards=np.ones((132, 2))), "cannot be read"),
@@ -257,7 +259,7 @@ def test_ends_at_a_time_limit(tmp_path, robots, capsys, lengths, limit, timeouts
 # ----------------------------------------------------------------------------- where data come from
 def test_where_data_are_looked_for(tmp_path, monkeypatch, no_network):
     """A path is taken as it is; an id from the cache; the default cache is d4rl-pybullet's."""
-    assert ciql.find_dataset("some/file.hdf5") == Path("some/file.hdf5")
+    assert ciql.find_dataset("some/file.hdf5") == tmp_path / "some/file.hdf5"
     for folder in ("cache", ".d4rl/datasets"):
         (tmp_path / folder).mkdir(parents=True)
         cached = write_file(tmp_path / folder / f"{PUBLISHED}.hdf5", episode(2, first=0))
