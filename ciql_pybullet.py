@@ -65,6 +65,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -479,8 +480,7 @@ class CIQL(nn.Module):
         """Raise InputError for what would never be trained, or never saved."""
         for name, part in vars(self).items():
             if isinstance(part, (Tensor, np.ndarray, np.generic)):
-                kind = type(part).__name__
-                raise InputError(f"{name} is a {kind}, which is not saved; make it a nn.Buffer")
+                raise InputError(f"{name} is an array, which is not saved; make it a nn.Buffer")
         trained = {
             parameter
             for part in vars(self).values()
@@ -620,7 +620,7 @@ def train(
     say(line)
     if config.film:
         write_film(run.folder / "policy.gif", agent.evaluated_policy(), config)
-    say(f"wrote  {config.plot} and {run.folder}")
+    say(f"wrote  {run.plot} and {run.folder}")
     return run.folder, evaluations
 
 
@@ -644,8 +644,9 @@ def find_device(name: str) -> torch.device:
 def find_rough_dtype() -> torch.dtype:
     """bfloat16 where Linux says that the processor multiplies such numbers, else float32."""
     information = Path("/proc/cpuinfo")
-    has_bfloat16 = information.exists() and "bf16" in information.read_text()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    if information.exists() and "bf16" in information.read_text():
+        return torch.bfloat16
+    return torch.float32
 
 
 def use_machine(config: Config, stack: contextlib.ExitStack) -> Config:
@@ -770,11 +771,11 @@ Columns = dict[str, np.ndarray]  # by their keys in a file of D4RL's or d4rl-pyb
 def fitted(key: str, column: Any, observations: Any) -> np.ndarray:
     """A column as float32 of (N,), or (N, dim). Raises ValueError if it does not fit."""
     rows = len(observations)
-    if len(column) != rows:
+    if len(column) != rows or not rows:
         raise ValueError(f"{key} have {len(column):,} rows, observations {rows:,}")
     shape: tuple[int, ...] = (rows,)  # rewards and marks are often stored as (N, 1)
     if key.endswith("observations"):
-        shape = np.shape(observations)
+        shape = (rows, np.size(observations) // rows)
     elif key == "actions":
         shape = (rows, -1)
     return np.array(column, np.float32).reshape(shape)
@@ -807,7 +808,7 @@ def read_dataset(path: str | Path, max_episode_steps: int = 1000) -> Dataset:
     is_end = terminated | (columns["timeouts"] != 0)
     if "next_observations" in columns:
         goes_on = (columns["next_observations"][:-1] == columns["observations"][1:]).all(1)
-        if np.mean(goes_on | is_end[:-1]) < 0.5:  # rows in random order tell no episodes
+        if 2 * np.sum(goes_on | is_end[:-1]) < len(goes_on):  # rows in random order, no episodes
             return Dataset(str(path), transitions, np.array([]), layout, source)
     end = np.flatnonzero(is_end)  # the last row of each episode
     lengths = np.diff(end, prepend=-1, append=len(terminated) - 1)  # the last piece is incomplete
@@ -988,8 +989,9 @@ def dataset_of(data: Transitions) -> Dataset:
     columns = []
     for key, column in data._asdict().items():
         try:
+            column = torch.as_tensor(column).detach().cpu().numpy()
             columns.append(torch.from_numpy(fitted(key, column, data.observations)))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"data: {key} do not fit the observations: {error}") from error
     return Dataset("data", Transitions(*columns), np.array([]), "Transitions", source="")
 
@@ -1038,26 +1040,26 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def open_environment(env_id: str, with_pictures: bool = False) -> Iterator[Any]:
     """Context with the environment. Raises InputError if CIQL cannot act in it."""
-    with quiet():
-        import gymnasium
-        import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
+    import gymnasium
+    import pybullet_envs_gymnasium  # noqa: F401  (registers the environments)
 
     options: Any = {"render_mode": "rgb_array"} if with_pictures else {}
-    with contextlib.chdir("."):  # an environment may change the folder, which this puts back
-        try:
+    try:
+        with contextlib.chdir("."), quiet():  # it may change the folder, which is put back
             env: Any = gymnasium.make(env_id, **options)
-        except gymnasium.error.Error as error:
-            raise InputError(f"env_id is {env_id}: {error}") from error
-        box = env.action_space
-        is_bounded = isinstance(box, gymnasium.spaces.Box) and box.is_bounded()
-        if not is_bounded or not env.spec.max_episode_steps:
-            raise InputError(f"env_id is {env_id}, but CIQL needs bounded actions and a time limit")
-        with contextlib.closing(env):
             # A fault of the simulator: after its first reset rewards are off by a constant. This is
             # the first, and whoever plays resets again.
-            with quiet():
-                env.reset(seed=0)
+            env.reset(seed=0)
+        with contextlib.chdir("."), contextlib.closing(env):
+            box = env.action_space
+            is_bounded = isinstance(box, gymnasium.spaces.Box) and box.is_bounded()
+            if not is_bounded or not env.spec.max_episode_steps:
+                raise InputError(f"env_id is {env_id}, but CIQL needs bounded actions and a limit")
             yield env
+    except (gymnasium.error.Error, ImportError) as error:
+        raise InputError(f"env_id is {env_id}: {error}") from error
+    except SystemExit as error:  # it would look like a complete run
+        raise RuntimeError(f"{env_id} called sys.exit") from error
 
 
 def middle_and_half(box: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -1077,7 +1079,6 @@ def play_episode(
     """
     actor: Any = copy.deepcopy(policy).cpu().eval()
     total = 0.0
-    failure = f"an episode of {env_id}, seed {seed}, failed"
     with (
         open_environment(env_id, with_pictures=frames is not None) as env,
         torch.random.fork_rng([]),  # a policy that samples takes no number from training
@@ -1089,13 +1090,10 @@ def play_episode(
             if frames is not None and t < 600 and t % 3 == 0:  # 20 of the 60 in a second
                 frames.append(env.render())
             action = middle + half * actor.act(observation)
-            try:
-                observation, reward, terminated, truncated, _ = env.step(action)
-            except SystemExit as error:  # a simulator's own exit would look like a complete run
-                raise RuntimeError(failure) from error
+            observation, reward, terminated, truncated, _ = env.step(action)
             total += float(reward)
             if not np.isfinite([*observation, total]).all():
-                raise RuntimeError(f"{failure}: step {t + 1} gives {observation}, {reward}")
+                raise RuntimeError(f"{env_id}, seed {seed}: step {t} gives {observation}, {reward}")
             if terminated or truncated:
                 break
     return total
@@ -1201,13 +1199,12 @@ class Run:
         self.rows: list[Row] = []  # of metrics.csv
         # Of each metric since the last line of losses: its sum, and how many steps reported it
         self.sums: dict[str, tuple[Any, int]] = {}
-        facts = {
+        self.facts = {
             **dataclasses.asdict(config),
             "agent": type(agent).__name__,
             "environment": self.env_id,
             "data_checksum": checksum_of(dataset.transitions),
         }
-        self.facts = json.loads(json.dumps(facts))  # as they will be read
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """Lock the folder until the ``stack`` ends, go on with a run that is there, open the log.
@@ -1226,12 +1223,11 @@ class Run:
     def restore(self) -> None:
         """Go on from the checkpoint. Raises InputError if it is not of these facts."""
         checkpoint = load_checkpoint(self.folder)
-        saved = checkpoint["facts"]
+        saved = checkpoint["facts"] | vars(checkpoint["config"])
         for name, value in self.facts.items():
-            was = saved.get(name, getattr(Config, name, value))  # it may be a new setting
-            if was != value and name not in NEUTRAL_SETTINGS:
+            if saved[name] != value and name not in NEUTRAL_SETTINGS:
                 raise InputError(
-                    f"{self.folder} is of {name} {was}, not {value}; start another run"
+                    f"{self.folder} is of {name} {saved[name]}, not {value}; start another run"
                 )
         if self.config.policy_lr_decay and saved["max_steps"] != self.config.max_steps:
             say("NOTE   the policy's learning rate goes on by the cosine over the new max_steps")
@@ -1265,7 +1261,7 @@ class Run:
                 project=self.config.wandb_project,
                 id=self.folder.name,
                 resume="allow",
-                dir=self.folder,
+                dir=self.folder.parent,  # in the folder, its watcher would find its own copies
                 config=self.facts,
                 sync_tensorboard=True,
             )
@@ -1296,10 +1292,11 @@ class Run:
 
     def how_to_go_on(self) -> str:
         """What to type for it: flags, or Python for an agent or data of one's own."""
-        if type(self.agent) is CIQL and self.config.dataset != "own-transitions":
-            return f"--resume {self.folder}"
+        data = ", data" if self.config.dataset == "own-transitions" else ""
+        if type(self.agent) is CIQL and not data:
+            return f"--resume {shlex.quote(str(self.folder))}"
         config = f"load_checkpoint({str(self.folder)!r})['config']"
-        return f"train({config}, make_agent={type(self.agent).__name__})"
+        return f"train({config}{data}, make_agent={type(self.agent).__name__})"
 
     def restart_clock(self) -> None:
         """Steps per second are those from here on."""
@@ -1410,10 +1407,11 @@ def plot_returns(run: Run) -> None:
 
     config = run.config
     evaluations = evaluations_of(run.rows)
-    steps = [row["step"] for row in evaluations]
     means = [row["return_mean"] for row in evaluations]
     final, count = final_return(means)
-    label = f"evaluations; final {final:.0f} is\nthe mean of the last {count} of {len(means)}"
+    label = (
+        f"evaluations, episodes; final {final:.0f} is\nthe mean of the last {count} of {len(means)}"
+    )
     references = {}
     if len(run.dataset.returns):
         references["data set"] = run.dataset.returns.mean()
@@ -1424,24 +1422,21 @@ def plot_returns(run: Run) -> None:
         title += " (re-collected, not the published file)"
     title += "\n" + ", ".join(varied_words(config))
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, means, "o-", markersize=3, label=label)
+    axes.plot([row["step"] for row in evaluations], means, "o-", label=label)
     for row in evaluations:
         episodes = [row[name] for name in row if name.removeprefix("return_").isdigit()]
-        axes.plot(
-            [row["step"]] * len(episodes), episodes, ".", color="C0", alpha=0.25, markersize=4
-        )
+        axes.plot([row["step"]] * len(episodes), episodes, ".", color="C0", alpha=0.25)
     limits = axes.get_ylim()  # a reference outside is in the legend alone
     for index, (name, value) in enumerate(references.items(), start=1):
         axes.axhline(value, color=f"C{index}", linestyle="--", label=f"{name}, {value:.0f}")
     axes.set_ylim(limits)
-    axes.set(xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
-    axes.set_title(title, fontsize="medium")
+    axes.set(title=title, xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside lower center", ncols=3)
     content = io.BytesIO()
-    figure.savefig(content, format=run.plot.suffix[1:], dpi=110)
+    figure.savefig(content, format=run.plot.suffix[1:])
     for path in (run.plot, run.folder / run.plot.name):
         write_whole(path, content.getvalue())
 

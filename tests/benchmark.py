@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -24,15 +25,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ciql_pybullet import (
-    CIQL,
-    SAMPLES,
-    Config,
-    accelerate,
-    processor,
-    read_dataset,
-    torch_settings,
-)
+from ciql_pybullet import CIQL, SAMPLES, Config, read_dataset
 
 # The default job: HalfCheetah at the default settings.
 S = 26
@@ -115,24 +108,21 @@ KINDS = {  # of step: settings, None for the textbook's
 def serve_steps(connection, alpha, settings):
     """In a process of its own: take as many steps as it is told, and answer with their time."""
     torch.manual_seed(0)
-    data = read_dataset(SAMPLE).transitions
     config = Config(device="cpu", alpha=alpha, **settings or {"threads": 2})
-    with torch_settings(config), contextlib.ExitStack() as stack:
-        agent = CIQL(S, A, config)
-        ready = agent.prepare(data)
-        step = functools.partial(agent.update, ready)
-        if settings is None:
-            torch.set_num_threads(2)
-            step = Textbook(ready, alpha).step
-        else:
-            with contextlib.redirect_stdout(None):  # its line is no row of the table
-                accelerate(agent, ready, stack)
-        while True:
-            count = connection.recv()
-            start = time.perf_counter()
-            for _ in range(count):
-                step()
-            connection.send((time.perf_counter() - start) / count)
+    torch.set_num_threads(config.threads)
+    agent = CIQL(S, A, config)
+    data = agent.prepare(read_dataset(SAMPLE).transitions)
+    step = functools.partial(agent.update, data)
+    if settings is None:
+        step = Textbook(data, alpha).step
+    elif config.compile:
+        agent.accelerate(data)
+    while True:
+        count = connection.recv()
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        connection.send((time.perf_counter() - start) / count)
 
 
 def start_kind(stack, alpha, settings):
@@ -172,12 +162,20 @@ def first_step():
     return seconds[0]
 
 
+def processor():
+    """Its name, where Linux tells it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=100, help="of each kind per round")
     arguments = parser.parse_args()
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}", end=", ")
+    print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}", end=", ")
     print(f"Python {platform.python_version()}\n")
     print("| α | step | steps/s | beside one busy process | times textbook |")
     print("|---|---|---|---|---|")

@@ -66,7 +66,7 @@ def assert_events_are_the_table(folder):
 
 # ------------------------------------------------------------------------------------- the main job
 SMALL = "--max-steps 300 --log-interval 100 --eval-interval 150 --eval-episodes 2 --alpha 0.5"
-SMALL += " --device cpu --no-compile --hidden-sizes 8 --batch-size 16"
+SMALL += " --device cpu --no-compile --hidden-sizes 8 --batch-size 16 --threads 1"
 NUMBER = r"-?\d\S*"
 EVALUATION = rf"step +\d+  return {NUMBER} ± {NUMBER} over 2 episodes  score {NUMBER}"
 
@@ -270,7 +270,7 @@ def state_of_the_process():
 
 def test_train_can_be_called(lab):
     """Twice: the same settings give the same numbers, in two folders, and leave no trace."""
-    config = lab_config(threads=2)
+    config = lab_config()
     reported = []
     report = lambda row, folder: reported.append((row, ciql.load_checkpoint(folder)["step"]))
     ciql.train(config)  # imports what stays
@@ -304,7 +304,7 @@ def test_busy_machine_is_noted(lab, monkeypatch, capsys):
     for load in (0.0, 64.0):
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
         monkeypatch.setattr("os.cpu_count", lambda: 2)
-        ciql.train(lab_config(max_steps=1))
+        ciql.train(lab_config(max_steps=1, threads=2))
         assert ("so --threads 1 may be faster" in capsys.readouterr().out) == (load > 0)
 
 
@@ -446,7 +446,7 @@ def test_threads_are_kept_with_the_run(lab, monkeypatch):
     """The number is settled at the start, so that a resume is exact on another machine."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    ciql.train(lab_config(threads=0, name="run"))
+    ciql.train(lab_config(threads=0, name="run", max_steps=1))
     assert ciql.load_checkpoint("runs/run")["config"].threads == 4  # at most
 
 
