@@ -17,7 +17,7 @@
 #   "tqdm==4.70.1",
 #   "tyro==1.0.17",
 # ]
-# [tool.uv]  # pybullet_envs_gymnasium asks for pybullet by name, which the fork has not
+# [tool.uv]  # pybullet-arm64, a fork with wheels for all the rest, stands for the name pybullet
 # override-dependencies = [
 #   """pybullet==3.2.7; python_version < '3.12' and sys_platform == 'linux' \
 #      and platform_machine == 'x86_64'""",
@@ -37,7 +37,7 @@ off-data actions ā are drawn uniformly from the action box, num_neg per state.
 The losses and both E are means over a batch, and ReLU stands outside of E. So the penalty of a Q
 either acts on the whole batch, or its clamp is closed and it is 0. The losses of Q1 and Q2 are
 added. After a true termination y is r alone. exp(β · adv) is capped at max_weight. IQL has no
-max(0, ·) in adv (--no-clamp-advantage).
+max(0, ·) in adv (--no-clamp-advantage). With q_weight another loss trains π: ``climbing_loss``.
 
     python ciql_pybullet.py                       train with the settings below
     python ciql_pybullet.py --alpha 0             any setting is also a flag
@@ -91,6 +91,8 @@ from tqdm import tqdm
 class Config:
     """CIQL on the PyBullet D4RL data sets. Every setting is also a flag: --max-steps 20000."""
 
+    # The comments are what --help shows. ``check``, near the end, holds the ranges.
+
     # Data
     dataset: str = "halfcheetah-bullet-medium-v0"  # one of 12 ids, or the path of an .hdf5 file
     env_id: str = ""  # an .hdf5 file's environment; MODULE:ID imports MODULE, which registers it
@@ -98,14 +100,18 @@ class Config:
     seed: int = 0  # of networks, batches, off-data actions and evaluation episodes
     # CIQL and its networks
     gamma: float = 0.99  # discount
-    tau: float = 0.8  # expectile of V; 0.5 is the mean over the data's actions, near 1 their best
+    tau: float = (
+        0.8  # expectile of V; 0.5 is the mean over the data's actions, near 1 of the best one
+    )
     beta: float = 1.0  # inverse temperature of the policy weights; 0 gives behaviour cloning
     alpha: float = 1.0  # weight of the conservative penalty; 0 leaves it out, as in IQL
     num_neg: int = 10  # off-data actions per state in the penalty
     polyak: float = 0.005  # share of the critic that moves into its target each step
     clamp_advantage: bool = True  # max(0, A) in the policy weights; IQL does not clamp
     max_weight: float = 100.0  # cap of the policy weights exp(beta * A)
-    q_weight: float = 0.0  # above 0 the policy climbs Q with this weight, instead of beta's cloning
+    q_weight: float = (
+        0.0  # above 0, about 1: the policy climbs Q; beta to max_weight have no effect
+    )
     hidden_sizes: tuple[int, ...] = (256, 256)  # ReLU layers of every network
     min_log_std: float = -5.0  # floor of the policy's log standard deviation
     # Schedule
@@ -122,12 +128,14 @@ class Config:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
     compile: bool = True  # compile the losses (about a minute once; needs a C++ compiler)
     name: str = ""  # of the run's folder; empty: one is made of data set, changed settings, time
-    plot: str = "eval_returns.png"  # picture of the evaluation returns: .png, .pdf or .svg
+    plot: str = (
+        "eval_returns.png"  # picture of the returns; .png, .pdf or .svg; a copy is in the run
+    )
     out_dir: str = "runs"  # every run makes a folder in here: settings, metrics, checkpoint
     wandb_project: str = ""  # also log to this Weights & Biases project (needs: pip install wandb)
     film: bool = False  # film an episode in the end: policy.gif in the run's folder
     resume: str = ""  # go on from the checkpoint in this run folder, with its settings
-    evaluate: str = ""  # train nothing: play the policy of this run folder for eval_episodes
+    evaluate: str = ""  # train nothing: play this run folder's policy, in its last episodes again
 
 
 class InputError(ValueError):
@@ -169,8 +177,8 @@ class GaussianPolicy(nn.Module):
         super().__init__()
         self.mu = mlp(observation_dim, *hidden_sizes, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
-        # A policy acts on the simulator's own observations. What normalises them is of the data:
-        # ``CIQL.prepare`` fills it in.
+        # ``act`` gets the simulator's own observations. The mean and std of the data, by which it
+        # normalises them, are filled in by ``CIQL.prepare``.
         self.observation_mean = nn.Buffer(torch.zeros(observation_dim))
         self.observation_std = nn.Buffer(torch.ones(observation_dim))
 
@@ -206,7 +214,7 @@ class GaussianPolicy(nn.Module):
 
 
 def make_policy(observation_dim: int, action_dim: int, config: Config) -> GaussianPolicy:
-    """The policy that is trained, saved, loaded and evaluated: another class goes in here.
+    """The policy that is trained, saved, loaded and evaluated: replace the class for another.
 
     It has the methods and the two buffers of ``GaussianPolicy``. This is a function, and no method
     of ``CIQL``, because ``load_policy`` makes a policy without an agent.
@@ -245,10 +253,11 @@ def awr_weights(
 def climbing_loss(squared_errors: Tensor, gains: Tensor, q_weight: float) -> Tensor:
     """log E (μ(s) − a)² − w · E ΔQ / rms ΔQ: (B, action_dim), (B,) -> ().
 
-    ``gains`` are ΔQ = Q̄(s, μ(s)) − Q̄(s, a). This is DDPG+BC (Park et al., 2024, arXiv 2406.09329)
-    in which neither term has a unit. log E (μ(s) − a)² is the cloning loss of a Gaussian whose σ
-    fits best, and rms ΔQ grows with the distance of μ(s) from a. So the policy moves away from the
-    data by about as much as their actions scatter, whatever the rewards and the robot.
+    ``gains`` are ΔQ = Q̄(s, μ(s)) − Q̄(s, a); rms ΔQ carries no gradient. This is DDPG+BC (Park et
+    al., 2024, arXiv 2406.09329) in which neither term has a unit. log E (μ(s) − a)² is the cloning
+    loss of a Gaussian whose σ, one for all dimensions, fits best. rms ΔQ grows with the distance of
+    μ(s) from a. So with w = 1 the policy moves away from the data by about as much as their actions
+    scatter, whatever the rewards and the robot. From w = 2 on cloning cannot hold it.
     """
     rms = gains.detach().square().mean().sqrt()
     return squared_errors.mean().log() - q_weight * gains.mean() / rms
@@ -285,9 +294,9 @@ class CIQL(nn.Module):
     """Conservative Implicit Q-Learning: the networks, their optimiser, and the gradient step.
 
     To try an idea that is no setting, subclass it and give the class to ``train`` as
-    ``make_agent``. Give networks that you replace or add to ``make_optimizer``. A run saves the
-    agent's parameters and buffers, attributes that are numbers, and those that have a
-    ``state_dict``, as optimisers have. So a tensor of its own is a ``nn.Buffer``.
+    ``make_agent``. After replacing or adding a network, call ``make_optimizer`` with all of them. A
+    run saves parameters, buffers, attributes that are numbers, and attributes that have a
+    ``state_dict``, as optimisers have; nothing else. So keep a tensor as a ``nn.Buffer``.
     """
 
     def __init__(self, observation_dim: int, action_dim: int, config: Config) -> None:
@@ -298,7 +307,7 @@ class CIQL(nn.Module):
         self.device = find_device(config.device)
         self.policy = make_policy(observation_dim, action_dim, config)
         v = mlp(observation_dim, *config.hidden_sizes, 1)
-        self.value: nn.Module = nn.Sequential(v, nn.Flatten(0))  # (B, observation_dim) -> (B,)
+        self.value: nn.Module = nn.Sequential(v, nn.Flatten(0))  # V(s): (B, 1) -> (B,)
         self.critic = self.make_critic()
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(self.device)
@@ -336,6 +345,7 @@ class CIQL(nn.Module):
         s = batch.observations
         a = batch.actions
         if c.q_weight > 0:
+            # Q̄(s,a) again, as ``losses`` gives the advantage alone. Compiled, it is computed once.
             mu = self.policy(s)
             gains = self.target_critic(s, mu).amin(0) - self.target_critic(s, a).amin(0)
             return climbing_loss((mu - a) ** 2, gains, c.q_weight)
@@ -379,7 +389,7 @@ class CIQL(nn.Module):
 
     def off_data_actions(self, batch: Transitions) -> Tensor:
         """ā of the penalty, uniform in the action box: (B, num_neg, action_dim)."""
-        size = (*batch.rewards.shape, self.config.num_neg, self.action_dim)
+        size = (len(batch.rewards), self.config.num_neg, self.action_dim)
         return torch.empty(size, device=self.device).uniform_(-1, 1)
 
     def gaps(self, batch: Transitions, negative_actions: Tensor) -> Tensor:
@@ -394,9 +404,10 @@ class CIQL(nn.Module):
 
     @torch.no_grad()
     def measure_gaps(self, batch: Transitions, negative_actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The gaps without gradient, and by how much they may be wrong: (num_q,) each.
+        """The gaps without gradient, and a margin that rounding stays below: (num_q,) each.
 
         They are roughly measured, with numbers of 8 significant bits, where the processor has such.
+        No error above the margin was seen with networks and batches of the usual size.
         """
         is_rough = self.rough_dtype is not torch.float32
         with torch.autocast("cpu", self.rough_dtype, enabled=is_rough):
@@ -417,7 +428,7 @@ class CIQL(nn.Module):
         It lowers ``losses`` + α · Σ ReLU(``gaps``).
         """
         c = self.config
-        if not self.on_cpu:  # the CUDA graphs may overwrite what the last step returned
+        if not self.on_cpu:  # CUDA graphs may overwrite what the last step returned
             torch.compiler.cudagraph_mark_step_begin()
         batch = self.sample(data)
         self.optimizer.zero_grad()
@@ -442,13 +453,14 @@ class CIQL(nn.Module):
 
         After the first steps the gaps are nearly always below 0, where ReLU has no gradient. So on
         the CPU they are first measured roughly, by a forward pass alone, and computed only where
-        the clamp may be open. On CUDA the host would have to wait for the measure.
+        the clamp may be open; the gaps of other steps are logged as measured. On CUDA the host
+        would have to wait for the measure, so there the backward pass is always made.
         """
         negative_actions = self.off_data_actions(batch)
         may_be_open = True
         if self.on_cpu:
-            gaps, error = self.measure_gaps(batch, negative_actions)
-            may_be_open = bool((gaps >= -error).any())
+            gaps, margin = self.measure_gaps(batch, negative_actions)
+            may_be_open = bool((gaps >= -margin).any())
         if may_be_open:
             gaps = self.gaps(batch, negative_actions)
             (self.config.alpha * torch.relu(gaps).sum()).backward()
@@ -498,7 +510,7 @@ class CIQL(nn.Module):
 
     def training_state(self) -> dict[str, Any]:
         """What the next step depends on, besides the data and the random state."""
-        self.check_attributes()  # a tensor may have come meanwhile
+        self.check_attributes()  # some may have been added since ``train`` checked
         numbers = {}
         parts = {}
         for name, part in vars(self).items():
@@ -523,18 +535,18 @@ class CIQL(nn.Module):
     def accelerate(self, data: Transitions) -> None:
         """Compile what takes the time, or say why that cannot be done: no C++ compiler, say.
 
-        It is tried by a copy of the agent, so this changes nothing of it.
+        A copy takes two steps to try it, so the agent stays as it is.
         """
         names = ["losses"]
         how: dict[str, Any] = {"options": {"cpp_wrapper": True}}  # no Python between the kernels
         if not self.on_cpu:
-            how = {"mode": "reduce-overhead"}  # the kernels are started together
+            how = {"mode": "reduce-overhead"}  # CUDA graphs
         if self.config.alpha > 0:  # on the CPU the few backward passes of the penalty run eagerly
             names.append("measure_gaps" if self.on_cpu else "gaps")
         torch.compiler.reset()  # an earlier run's graphs are no longer needed
         compiled = {}
         trial = copy.deepcopy(self)
-        for name in set(names) - vars(self).keys():  # what is set on the agent itself runs eagerly
+        for name in set(names) - vars(self).keys():  # a function set on the instance runs eagerly
             compiled[name] = torch.compile(getattr(type(self), name), fullgraph=True, **how)
             setattr(trial, name, functools.partial(compiled[name], trial))
         random_state = get_random_state(self.device)
@@ -563,8 +575,8 @@ def train(
     """Train an agent, print the log, draw the picture; returns the run's folder and evaluations.
 
     ``data`` are transitions of the caller's own, from ``config.env_id``; none: ``config.dataset``.
-    A run that is in its folder already goes on, if it is of the same settings, agent and data; its
-    settings are ``load_checkpoint(folder)["config"]``. ``report`` is called after every evaluation,
+    If the folder that ``config.name`` or ``config.resume`` selects holds a run, that goes on, if it
+    is of the same settings, agent and data. ``report`` is called after every evaluation,
     once it is saved, with its row of metrics.csv and the folder.
 
     Raises InputError for what is wrong with settings and data, FloatingPointError for losses that
@@ -574,7 +586,7 @@ def train(
     with contextlib.ExitStack() as stack:
         config = use_machine(config, stack)
         if data is not None:
-            config = dataclasses.replace(config, dataset="own-transitions")
+            config = dataclasses.replace(config, dataset="own-transitions")  # as records call it
         dataset = load_dataset(config, data)
         torch.manual_seed(config.seed)
         np.random.seed(config.seed)  # for ideas and environments that draw from it
@@ -655,7 +667,7 @@ def use_machine(config: Config, stack: contextlib.ExitStack) -> Config:
     Returns ``config`` with the number of threads, as another one gives other last digits.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("train needs the main thread: torch's random numbers are shared by all")
+        raise RuntimeError("train needs the main thread, for signals and torch's random numbers")
     threads = torch.get_num_threads()
     stack.callback(torch.set_num_threads, threads)
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -672,9 +684,8 @@ def say_where(agent: CIQL) -> None:
         where = torch.cuda.get_device_name(agent.device)
     compiling = "; compiling takes up to a minute the first time" if c.compile else ""
     say(f"agent  {type(agent).__name__}, {where}{compiling}")
-    cores = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-    if agent.on_cpu and c.threads > 1 and load + c.threads > cores + 0.5:
+    if agent.on_cpu and c.threads > 1 and load + c.threads > (os.cpu_count() or 1) + 0.5:
         say("NOTE   other programs keep cores busy, so --threads 1 may be faster")
 
 
@@ -694,7 +705,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last is SLURM's warning
 
 
 @contextlib.contextmanager
@@ -736,7 +747,7 @@ ROBOTS = {
     "Walker2DBulletEnv-v0": References(random=15.0, expert=2500.0),
     "AntBulletEnv-v0": References(random=432.0, expert=3300.0),
 }
-DATASETS = {  # of github.com/takuseno/d4rl-pybullet, with the key of the address
+DATASETS = {  # of github.com/takuseno/d4rl-pybullet, with their keys at Dropbox
     "halfcheetah-bullet-random-v0": "jnvpb1hp60zt2ak",
     "halfcheetah-bullet-medium-v0": "v4xgssp1w968a9l",
     "halfcheetah-bullet-mixed-v0": "scj1rqun963aw90",
@@ -760,8 +771,8 @@ class Dataset(NamedTuple):
 
     name: str  # the file, or "data" where the caller gave transitions
     transitions: Transitions
-    returns: np.ndarray  # (E,), undiscounted, of the whole episodes; none where rows tell none
-    layout: str
+    returns: np.ndarray  # (E,), undiscounted, of whole episodes; empty for rows in random order
+    layout: str  # for the log
     source: str  # how it was re-collected, if it was, or ""
 
 
@@ -775,7 +786,7 @@ def fitted(key: str, column: Any, observations: Any) -> np.ndarray:
         raise ValueError(f"{key} have {len(column):,} rows, observations {rows:,}")
     shape: tuple[int, ...] = (rows,)  # rewards and marks are often stored as (N, 1)
     if key.endswith("observations"):
-        shape = (rows, np.size(observations) // rows)
+        shape = (rows, len(observations[0]))
     elif key == "actions":
         shape = (rows, -1)
     return np.array(column, np.float32).reshape(shape)
@@ -1005,7 +1016,7 @@ def environment_id(config: Config) -> str:
         if config.dataset in DATASETS and env_id.lower().startswith(robot):
             return env_id
     raise InputError(
-        f"dataset is {config.dataset}, but must be an .hdf5 file, with env_id, or of"
+        f"dataset is {config.dataset}, for which env_id has to be set; or name one of"
         f" {', '.join(DATASETS)}"
     )
 
@@ -1047,8 +1058,8 @@ def open_environment(env_id: str, with_pictures: bool = False) -> Iterator[Any]:
     try:
         with contextlib.chdir("."), quiet():  # it may change the folder, which is put back
             env: Any = gymnasium.make(env_id, **options)
-            # A fault of the simulator: after its first reset rewards are off by a constant. This is
-            # the first, and whoever plays resets again.
+            # A fault of PyBullet: all rewards between the first reset of an environment and the
+            # second are off by a constant. This is the first, and whoever plays resets again.
             env.reset(seed=0)
         with contextlib.chdir("."), contextlib.closing(env):
             box = env.action_space
@@ -1074,8 +1085,9 @@ def play_episode(
 ) -> float:
     """The undiscounted return of an episode, a function of policy and seed alone.
 
-    The policy is played on the CPU, in evaluation mode, in an environment of its own. ``frames``
-    receives pictures of the first ten seconds.
+    (Unless the environment draws from NumPy's global random numbers.) The policy is played on the
+    CPU, in evaluation mode, in an environment of its own. ``frames`` receives pictures of the first
+    ten seconds.
     """
     actor: Any = copy.deepcopy(policy).cpu().eval()
     total = 0.0
@@ -1133,8 +1145,9 @@ def write_film(path: Path, policy: nn.Module, config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------ records
-# These settings change nothing of what a run learns: its name is without them, and a resumed run
-# may have others. All that are not here have to stay. So a setting of your own is a line in Config.
+# These settings change nothing of what a run learns, but for last digits, and random numbers of
+# another device: its name is without them, and a resumed run may have others. All that are not
+# here have to stay. So a setting of your own is a line in Config.
 NEUTRAL_SETTINGS = {
     "dataset",  # the data and the environment are compared themselves
     "env_id",
@@ -1299,7 +1312,7 @@ class Run:
         return f"train({config}{data}, make_agent={type(self.agent).__name__})"
 
     def restart_clock(self) -> None:
-        """Steps per second are those from here on."""
+        """The next ``steps_per_second`` is of the time from here on."""
         self.timed_step = self.agent.steps
         self.timed_since = time.perf_counter()
 
@@ -1341,7 +1354,7 @@ class Run:
         """Add a row to TensorBoard."""
         group = "evaluation" if "return_mean" in row else "training"
         for name in row.keys() - {"step"}:
-            self.board.add_scalar(f"{group}/{name}", row[name], int(row["step"]))
+            self.board.add_scalar(f"{group}/{name}", row[name], row["step"])
         self.board.flush()
 
     def write_table(self) -> None:
@@ -1467,7 +1480,7 @@ def check(config: Config) -> None:
     for name, smallest in SMALLEST.items():
         value = getattr(config, name)
         largest = LARGEST.get(name, 1e15)
-        if not smallest <= value <= largest:  # as NaN
+        if not smallest <= value <= largest:  # NaN is not, either
             raise InputError(f"{name} is {value}, but must be from {smallest} to {largest:g}")
 
 

@@ -152,16 +152,6 @@ def busy_process():
         process.wait()
 
 
-def first_step():
-    """Seconds from process start to the line of the first step."""
-    flags = "--max-steps 1 --log-interval 1 --eval-episodes 1 --env-id HalfCheetahBulletEnv-v0"
-    command = [sys.executable, ROOT / "ciql_pybullet.py", "--dataset", SAMPLE, *flags.split()]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    seconds = [time.perf_counter() - start for line in process.stdout if line.startswith("step")]
-    return seconds[0]
-
-
 def processor():
     """Its name, where Linux tells it."""
     information = Path("/proc/cpuinfo")
@@ -195,7 +185,6 @@ def main():
             rates = [1 / statistics.median(seconds[name]) for seconds in (idle, busy)]
             cells = f"{rates[0]:.0f} | {rates[1]:.0f} | {statistics.median(ratios):.2f}"
             print(f"| {alpha:g} | {name} | {cells} |", flush=True)
-    print(f"\nfrom process start to the first step, compiled before: {first_step():.1f} s")
 
 
 if __name__ == "__main__":

@@ -418,13 +418,6 @@ def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys, compiler):
     assert agent.steps == 3 and "losses" not in vars(agent)
 
 
-def test_losses_of_an_instance_are_not_compiled_away():
-    agent = started(small(alpha=0.0))
-    agent.losses = own = lambda batch: CIQL.losses(agent, batch)
-    agent.accelerate(random_data())
-    assert agent.losses is own
-
-
 # ---------------------------------------------------------------------------- what would be lost
 def test_parameters_that_nothing_would_train_or_save():
     """Each is refused until it was given to ``make_optimizer``, and is the agent's own."""

@@ -172,15 +172,6 @@ class PolicyActions(CIQL):
         return (mean + noise * self.policy.std().detach()).clamp(-1, 1)
 
 
-class RandomGaps(CIQL):
-    """``gaps`` draws random numbers: its states are blurred."""
-
-    def gaps(self, batch, negative_actions):
-        s = batch.observations
-        blurred = batch._replace(observations=s + 0.1 * torch.randn_like(s))
-        return super().gaps(blurred, negative_actions)
-
-
 class SharedStatistics(CIQL):
     """``losses`` and ``gaps`` both move the running statistics of a network."""
 
@@ -316,12 +307,6 @@ def test_traced_idea(idea, monkeypatch, capsys):
         assert traced_row == pytest.approx(row, rel=1e-2, abs=1e-3)
 
 
-class TensorAtTheStart(CIQL):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.mean = torch.zeros(())
-
-
 class TensorInPrepare(CIQL):
     def prepare(self, data):
         self.mean = data.rewards.mean()
@@ -335,7 +320,7 @@ class TensorThatComesLater(CIQL):
         return metrics
 
 
-@pytest.mark.parametrize("idea", [TensorAtTheStart, TensorInPrepare, TensorThatComesLater])
+@pytest.mark.parametrize("idea", [TensorInPrepare, TensorThatComesLater])
 def test_tensor_that_a_resume_would_forget(lab, idea):
     """It is refused by name, before training, or when it would first be saved."""
     with refused("mean is a Tensor, which is not saved; make it a nn.Buffer"):

@@ -88,7 +88,7 @@ def test_thinned_set_keeps_whole_episodes_evenly(tmp_path, capsys):
 
 
 def test_first_episode_of_a_simulator_is_thrown_away():
-    """Its rewards are off by a constant. The sample of Hopper can be recorded again only so."""
+    """Its rewards are off by a constant: here, and where the script plays."""
     recorder = program.Recorder(gymnasium.make("HopperBulletEnv-v0"))
     policy = ciql.GaussianPolicy(15, 3, (4,))
     for _ in range(2):
@@ -98,4 +98,4 @@ def test_first_episode_of_a_simulator_is_thrown_away():
             observation, _, terminated, truncated, _ = recorder.step(policy.act(observation))
             is_over = terminated or truncated
     first, second = recorder.returns
-    assert first == second
+    assert first == second == ciql.play_episode(policy, "HopperBulletEnv-v0", seed=1)
