@@ -1278,7 +1278,7 @@ class Run:
                 config=self.facts,
                 sync_tensorboard=True,
             )
-            stack.push(lambda failure, *_: wandb.finish(exit_code=int(failure is not None)))
+            stack.push(lambda failure, *_: wandb.finish(exit_code=1 if failure else 0))
         for events in self.folder.glob("events.out.tfevents.*"):
             events.unlink()
         self.board = SummaryWriter(self.folder)
