@@ -100,18 +100,14 @@ class Config:
     seed: int = 0  # of networks, batches, off-data actions and evaluation episodes
     # CIQL and its networks
     gamma: float = 0.99  # discount
-    tau: float = (
-        0.8  # expectile of V; 0.5 is the mean over the data's actions, near 1 of the best one
-    )
+    tau: float = 0.8  # expectile of V; 0.5: mean over the data's actions, near 1: the best of them
     beta: float = 1.0  # inverse temperature of the policy weights; 0 gives behaviour cloning
     alpha: float = 1.0  # weight of the conservative penalty; 0 leaves it out, as in IQL
     num_neg: int = 10  # off-data actions per state in the penalty
     polyak: float = 0.005  # share of the critic that moves into its target each step
     clamp_advantage: bool = True  # max(0, A) in the policy weights; IQL does not clamp
     max_weight: float = 100.0  # cap of the policy weights exp(beta * A)
-    q_weight: float = (
-        0.0  # above 0, about 1: the policy climbs Q; beta to max_weight have no effect
-    )
+    q_weight: float = 0.0  # weight of Q if the policy shall climb it, about 1; 0 for AWR, with beta
     hidden_sizes: tuple[int, ...] = (256, 256)  # ReLU layers of every network
     min_log_std: float = -5.0  # floor of the policy's log standard deviation
     # Schedule
@@ -128,9 +124,7 @@ class Config:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 products
     compile: bool = True  # compile the losses (about a minute once; needs a C++ compiler)
     name: str = ""  # of the run's folder; empty: one is made of data set, changed settings, time
-    plot: str = (
-        "eval_returns.png"  # picture of the returns; .png, .pdf or .svg; a copy is in the run
-    )
+    plot: str = "eval_returns.png"  # .png, .pdf or .svg of the returns; a copy is in the run folder
     out_dir: str = "runs"  # every run makes a folder in here: settings, metrics, checkpoint
     wandb_project: str = ""  # also log to this Weights & Biases project (needs: pip install wandb)
     film: bool = False  # film an episode in the end: policy.gif in the run's folder

@@ -458,5 +458,5 @@ def test_what_a_resume_would_forget(part):
     """It is refused by name; as a buffer it survives (test_ideas.py)."""
     agent = started(small())
     agent.mine = part
-    with refused("mine is a ", "make it a nn.Buffer"):
+    with refused("mine is an array, which is not saved; make it a nn.Buffer"):
         agent.check_attributes()

@@ -340,7 +340,6 @@ def test_own_transitions_may_be_of_any_kind():
         data._replace(observations=data.observations.clone().requires_grad_()),
         ciql.Transitions(*(column.astype(np.float64) for column in arrays)),
         arrays._replace(
-            observations=arrays.observations[::-1].copy()[::-1],
             actions=np.frombuffer(arrays.actions.tobytes(), np.float32).reshape(6, 3),  # read-only
             rewards=arrays.rewards[:, None].tolist(),
             terminations=arrays.terminations.astype(bool),
@@ -402,7 +401,7 @@ def test_training_on_ones_own_transitions(lab, capsys):
     assert "data   data, in Transitions: 28 transitions, 0 of them terminations\n" in out
     assert "mean return" not in out and folder.name.startswith("own-transitions-")
     assert ciql.train(lab_config())[1] == evaluations
-    with refused("dataset is own-transitions, but must be"):
+    with refused("dataset is own-transitions, for which env_id has to be set"):
         ciql.train(ciql.Config(), data)
 
 

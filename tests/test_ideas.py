@@ -323,7 +323,7 @@ class TensorThatComesLater(CIQL):
 @pytest.mark.parametrize("idea", [TensorInPrepare, TensorThatComesLater])
 def test_tensor_that_a_resume_would_forget(lab, idea):
     """It is refused by name, before training, or when it would first be saved."""
-    with refused("mean is a Tensor, which is not saved; make it a nn.Buffer"):
+    with refused("mean is an array, which is not saved; make it a nn.Buffer"):
         ciql_pybullet.train(lab_config(name="run"), make_agent=idea)
     assert (lab / "runs").exists() == (idea is TensorThatComesLater)
     assert not (lab / "runs/run/checkpoint.pt").exists()
