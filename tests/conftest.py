@@ -22,22 +22,14 @@ from ciql_pybullet import Config, InputError, Transitions
 # What nohup and shells ignore for what they start, the programs under test would ignore as well.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(1)  # more would be slower for small networks
 
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """Keep the tests away from the user's own data sets, the network, and each other's threads."""
+    """Keep the tests away from the user's own data sets, and each other's files."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread():
-    """More threads would be slower for small networks."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -79,12 +71,10 @@ def write_file(path, *episodes, **replaced):
     return path
 
 
-def small_file(path, lengths, observation_dim, action_dim, **replaced):
+def small_file(path, lengths, dims, **replaced):
     """Episodes of these lengths with random observations; the file cuts the last one."""
-    dims = (observation_dim, action_dim)
-    episodes = [episode(steps, 0, *dims) for steps in lengths[:-1]]
-    episodes.append(episode(lengths[-1], 0, *dims, closed=False))
     rng = np.random.default_rng(0)
+    episodes = [episode(steps, 0, *dims, closed=steps != lengths[-1]) for steps in lengths]
     for e in episodes:
         e["observations"] = rng.normal(size=e["observations"].shape)
         e["rewards"] /= 1000
@@ -93,12 +83,12 @@ def small_file(path, lengths, observation_dim, action_dim, **replaced):
 
 def hopper_file(path, **replaced):
     """A small file that fits HopperBulletEnv-v0: two episodes that fell, one that the file cuts."""
-    return small_file(path, (40, 60, 30), 15, 3, **replaced)
+    return small_file(path, (40, 60, 30), (15, 3), **replaced)
 
 
 def lab_file(path, **replaced):
     """A small file that fits the Lab below: two episodes cut by its time limit, one by the file."""
-    return small_file(path, (10, 10, 9), 3, 1, **replaced)
+    return small_file(path, (10, 10, 9), (3, 1), **replaced)
 
 
 def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
@@ -113,7 +103,7 @@ def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
     return Transitions(**(columns | replaced))
 
 
-# ---------------------------------------------------------------------------------- what a run left
+# ----------------------------------------------------------------------- what a run or command left
 def metrics(folder):
     """The rows of a run's metrics.csv, but for the speed."""
     with open(folder / "metrics.csv", newline="") as file:
@@ -130,7 +120,6 @@ def snapshot(folder):
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-# ------------------------------------------------------------------------------------ command lines
 @pytest.fixture
 def command(monkeypatch, capsys):
     """A function that runs a command line in this process: its exit code, stdout and stderr."""
@@ -162,17 +151,13 @@ def succeeds(command):
 
 @pytest.fixture
 def fails(command, tmp_path):
-    """A function that runs a command line of bad input: exit code 2, one line, no file changed.
-
-    Only a lock may be new: it is taken to look into a run's folder.
-    """
+    """A function that runs a command line of bad input: exit code 2, one line, no file changed."""
 
     def run(*arguments, named, main=ciql_pybullet.main):
         before = snapshot(tmp_path)
         code, _, error = command(*arguments, main=main)
         assert (code, error.count("\n"), error[-1:]) == (2, 1, "\n"), error
-        for words in [named] if isinstance(named, str) else named:
-            assert words in error
+        assert named in error
         assert snapshot(tmp_path) == before
 
     return run
@@ -207,10 +192,6 @@ class Lab(gymnasium.Env):
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
-        self.descriptor = os.open(os.devnull, os.O_RDONLY)  # until it is closed
-
-    def close(self):
-        os.close(self.descriptor)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -253,10 +234,9 @@ def flags(**settings):
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            words += [f"--{flag}", *map(str, value)]
         else:
-            words += [f"--{flag}", str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{flag}", *map(str, values)]
     return words
 
 
@@ -271,8 +251,7 @@ def lab_config(**settings):
 def lab(tmp_path, monkeypatch):
     """The folder of the Lab's module and data, found by this process and its children.
 
-    Runs of this process draw no pictures, which would take half of their time, and know nothing of
-    what else the machine does.
+    Runs of this process draw no pictures, which would take half of their time, and see no load.
     """
     (tmp_path / "lab.py").write_text(LAB)
     lab_file(tmp_path / "data.hdf5")

@@ -17,7 +17,6 @@ A = 3  # action_dim
 B = 8  # batch
 K = 4  # off-data actions
 ZERO = torch.zeros((), dtype=torch.float64)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------- the reference
@@ -106,7 +105,6 @@ class Adam:
             p[name] -= lr(name) * m_hat / (v_hat.sqrt() + 1e-8)
 
 
-# ------------------------------------------------------------------------ the step is the reference
 def weights_of(agent, part="data"):
     """All weights of the agent by name, or their ``grad`` where they have one, in float64."""
     tensors = {name: getattr(weight, part) for name, weight in agent.named_parameters()}
@@ -191,8 +189,7 @@ def test_steps_are_those_of_the_reference(recipe, path):
 
 
 def test_log_std_stays_above_its_floor_and_can_grow_again():
-    config = Config(device="cpu", hidden_sizes=(8,), min_log_std=-1.0, lr=0.5, num_neg=1)
-    agent = CIQL(S, A, config)
+    agent = CIQL(S, A, small(min_log_std=-1.0, lr=0.5, num_neg=1))
     zeros = torch.zeros(4)
     batch = Transitions(torch.zeros(4, S), torch.zeros(4, A), zeros, torch.zeros(4, S), zeros + 1)
     agent.policy.mu[-1].weight.data.zero_()
@@ -253,14 +250,13 @@ def assert_same_weights(one, other):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("alpha", [1.0, 20.0])
-def test_leaving_out_a_closed_clamp_is_exact(alpha, dtype):
+def test_leaving_out_a_closed_clamp_is_exact(dtype):
     """Measured or always computed: the same bits, but for the log's rough gaps of closed steps."""
-    measured = started(small(alpha=alpha))
+    measured = started(small())
     measured.rough_dtype = dtype
     history = run_steps(measured, 30)
     assert 0 < np.mean([row["clamp_open"] for row in history]) < 1
-    always = on_cuda(started(small(alpha=alpha)))
+    always = on_cuda(started(small()))
     for row, expected in zip(history, run_steps(always, 30), strict=True):
         if dtype == torch.bfloat16 and not row["clamp_open"]:
             for name in ("gap1", "gap2"):
@@ -269,15 +265,8 @@ def test_leaving_out_a_closed_clamp_is_exact(alpha, dtype):
     assert_same_weights(measured, always)
 
 
-def exact_gaps(agent, batch, negatives):
-    p = weights_of(agent)
-    s, a, *_ = (column.double() for column in batch)
-    return torch.stack([gap(p, k, s, a, negatives.double()) for k in (1, 2)])
-
-
-@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
-@pytest.mark.parametrize("steps", [0, 100])
-def test_a_rough_measure_knows_how_rough_it_is(spread, steps):
+@pytest.mark.parametrize(("spread", "steps"), [(0.0, 100), (1.0, 0), (30.0, 100)])
+def test_rough_measure_knows_how_rough_it_is(spread, steps):
     """Its error is below its margin, so no gap that is open is ever called closed."""
     agent = started(small(num_neg=K, alpha=5.0, lr=1e-3))
     agent.rough_dtype = torch.bfloat16
@@ -290,7 +279,9 @@ def test_a_rough_measure_knows_how_rough_it_is(spread, steps):
         batch = agent.sample(data)
         negatives = agent.off_data_actions(batch)
         gaps, margin = agent.measure_gaps(batch, negatives)
-        exact = exact_gaps(agent, batch, negatives)
+        p = weights_of(agent)
+        s, a, *_ = (column.double() for column in batch)
+        exact = torch.stack([gap(p, k, s, a, negatives.double()) for k in (1, 2)])
         assert gaps.dtype == margin.dtype == torch.float32 and not gaps.requires_grad
         assert ((gaps - exact).abs() < margin).all()
         errors.append((gaps - exact).abs().max().item())
@@ -304,33 +295,14 @@ def test_a_rough_measure_knows_how_rough_it_is(spread, steps):
     assert (margin < 1e-6 * (scale + exact.abs())).all()
 
 
-def test_step_on_cuda_reads_nothing_on_the_host(monkeypatch):
-    """Its path, here on the CPU: a read of a tensor would wait for the device."""
-    agent = on_cuda(started(small(policy_lr_decay=True)))
-    data = random_data()
-    agent.update(data)
-
-    def read(*args):
-        pytest.fail("a tensor was read on the host")
-
-    names = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
-    with monkeypatch.context() as patch:
-        for name in names:
-            patch.setattr(torch.Tensor, name, read)
-        figures = agent.update(data)
-    assert figures["clamp_open"].item() in (0, 1)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True])
-def test_on_cuda(compiled):
-    """The same figures as on the CPU, from the same weights and batches."""
+def test_compiled_on_cuda():
+    """Nearly the figures of the CPU, from the same weights."""
     config = small(batch_size=200, alpha=5.0)
     agent = started(Config(**vars(config) | {"device": "cuda"}))
     data = agent.prepare(random_data())
-    if compiled:
-        agent.accelerate(data)
+    agent.accelerate(data)
     for _ in range(20):
         figures = {name: figure.item() for name, figure in agent.update(data).items()}
     assert all(np.isfinite(list(figures.values())))
@@ -363,40 +335,27 @@ class Counting(CIQL):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [1.0, 0.0])
-def test_compiled_step(capsys, alpha):
-    """It agrees with the eager one, and gives the same bits each time; it leaves no trace."""
-    config = small(lr=1e-3, alpha=alpha)
-    expected = run_steps(started(config), 100)
-    found = []
-    for _ in range(2):
-        agent = started(config, Counting)
-        before = (copy.deepcopy(agent), torch.get_rng_state(), np.random.get_state()[1].tolist())
-        agent.accelerate(random_data())
-        assert_same_weights(agent, before[0])
-        assert torch.equal(torch.get_rng_state(), before[1])
-        assert np.random.get_state()[1].tolist() == before[2] and agent.steps == 0
-        assert ("measure_gaps" in vars(agent)) == (alpha > 0)
-        with torch.compiler.set_stance("fail_on_recompile"):  # a recompile would be an eager step
-            found.append(run_steps(agent, 100))
+def test_compiled_step(capsys):
+    """It agrees with the eager one, gives the same bits each time, and its trial leaves no trace."""
+    config = small(lr=1e-3)
+    agent = started(config, Counting)
+    before = copy.deepcopy(agent)
+    random_state = (torch.get_rng_state(), np.random.get_state()[1].tolist())
+    agent.accelerate(random_data())
+    assert_same_weights(agent, before)
+    assert torch.equal(torch.get_rng_state(), random_state[0])
+    assert np.random.get_state()[1].tolist() == random_state[1] and agent.steps == 0
+    assert {"losses", "measure_gaps"} <= vars(agent).keys()
+    with torch.compiler.set_stance("fail_on_recompile"):  # a recompile would be an eager step
+        found = run_steps(agent, 100)
         assert agent.seen == 100 and capsys.readouterr().out == ""
-    assert found[0] == found[1]
+        agent.load_training_state(before.training_state())
+        assert run_steps(agent, 100) == found
+    expected = run_steps(started(config), 100)
     for name in expected[0]:
-        one = [row[name] for row in found[0]]
+        one = [row[name] for row in found]
         other = [row[name] for row in expected]
         np.testing.assert_allclose(one, other, rtol=1e-2, atol=5e-3, err_msg=name)
-
-
-class Annealed(CIQL):
-    """Its losses change with the step: a graph of one step would leave the others eager."""
-
-    def losses(self, batch):
-        loss, figures = super().losses(batch)
-        return loss * (1 + self.steps), figures
-
-
-def traced(function, fullgraph, options, compile_with=torch.compile):
-    return compile_with(function, fullgraph=fullgraph, backend="eager")
 
 
 def no_compiler(*arguments, **options):
@@ -406,15 +365,14 @@ def no_compiler(*arguments, **options):
     return broken
 
 
-@pytest.mark.parametrize("compiler", [traced, no_compiler])
-def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys, compiler):
+def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     """With a NOTE of one line, and to the bits of a run that was not to be compiled."""
-    monkeypatch.setattr(torch, "compile", compiler)
-    agent = started(small(alpha=0.0), Annealed)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    agent = started(small(alpha=0.0))
     agent.accelerate(random_data())
     out = capsys.readouterr().out
     assert out.startswith("NOTE   the losses could not be compiled") and out.count("\n") == 1
-    assert run_steps(agent, 3) == run_steps(started(small(alpha=0.0), Annealed), 3)
+    assert run_steps(agent, 3) == run_steps(started(small(alpha=0.0)), 3)
     assert agent.steps == 3 and "losses" not in vars(agent)
 
 
@@ -425,38 +383,27 @@ def test_parameters_that_nothing_would_train_or_save():
     agent.value = torch.nn.Sequential(mlp(S, 12, 1), torch.nn.Flatten(0))
     with refused("give each network to make_optimizer"):
         agent.check_attributes()
-    agent.make_optimizer(agent.policy, agent.value, agent.critic)
-    agent.check_attributes()
-    agent.policy.fixed = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-    agent.check_attributes()
-
     agent.others = [mlp(S, 8, 1)]  # a plain list, which nothing would save
     agent.make_optimizer(agent.policy, agent.value, agent.critic, *agent.others)
     with refused("nn.ModuleList"):
         agent.check_attributes()
     agent.others = torch.nn.ModuleList(agent.others)
+    agent.policy.fixed = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     agent.check_attributes()
-    run_steps(agent, 1)  # that no loss uses them is no error
 
 
-@pytest.mark.parametrize("number", [7, True, 2.5])
-def test_numbers_are_saved(number):
-    saved = started(small())
-    saved.mine = number
-    state = saved.training_state()
-    agent = started(small())
-    agent.mine = 0
-    agent.load_training_state(state)
-    assert agent.mine == number and type(agent.mine) is type(number)
-    del agent.mine
-    with refused("differ in mine"):
-        agent.load_training_state(state)
-
-
-@pytest.mark.parametrize("part", [torch.ones(1), np.ones(2), np.float32(1.5), np.int64(3)])
+@pytest.mark.parametrize("part", [torch.ones(1), np.ones(2), np.float32(1.5)])
 def test_what_a_resume_would_forget(part):
-    """It is refused by name; as a buffer it survives (test_ideas.py)."""
+    """It is refused by name; numbers are saved, and must be there on a resume."""
     agent = started(small())
     agent.mine = part
     with refused("mine is an array, which is not saved; make it a nn.Buffer"):
         agent.check_attributes()
+    agent.mine = 7
+    state = agent.training_state()
+    agent.mine = 0
+    agent.load_training_state(state)
+    assert agent.mine == 7
+    del agent.mine
+    with refused("differ in mine"):
+        agent.load_training_state(state)

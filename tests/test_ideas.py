@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import io
 import re
 
 import numpy as np
@@ -10,13 +9,13 @@ import pytest
 import torch
 import variants
 from conftest import ROOT, lab_config, own_transitions, refused
+from test_algorithm import assert_same_weights
 from torch import nn
 
 import ciql_pybullet
 from ciql_pybullet import CIQL, Config, QNetworks, Transitions
 
 README = (ROOT / "README.md").read_text()
-pytestmark = pytest.mark.usefixtures("one_thread")
 S = 5  # observation_dim
 A = 2  # action_dim
 CONFIG = Config(device="cpu", hidden_sizes=(16, 16), batch_size=32, num_neg=3, alpha=5.0, lr=1e-3)
@@ -29,8 +28,8 @@ class FourCritics(CIQL):
         return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes, num_q=4)
 
     def gaps(self, batch, negative_actions):
-        s_neg = batch.observations.repeat_interleave(self.config.num_neg, 0)
-        q_neg = self.critic(s_neg, negative_actions.flatten(0, 1))
+        s = batch.observations.repeat_interleave(self.config.num_neg, 0)
+        q_neg = self.critic(s, negative_actions.flatten(0, 1))
         q_neg = q_neg.unflatten(-1, (-1, self.config.num_neg)).logsumexp(-1)
         return (q_neg - self.critic(batch.observations, batch.actions)).mean(-1)
 
@@ -59,8 +58,8 @@ class SpectralCritic(CIQL):
 class TargetValue(CIQL):
     """y bootstraps from a slow copy of V."""
 
-    def __init__(self, observation_dim, action_dim, config):
-        super().__init__(observation_dim, action_dim, config)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
 
     def targets(self, batch):
@@ -77,8 +76,8 @@ class TargetValue(CIQL):
 class LearnedTemperature(CIQL):
     """β is a parameter, which holds the mean weight of the policy's loss at 2."""
 
-    def __init__(self, observation_dim, action_dim, config):
-        super().__init__(observation_dim, action_dim, config)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.log_beta = nn.Parameter(torch.zeros(()))
         self.beta_optimizer = torch.optim.Adam([self.log_beta], lr=1e-2)
 
@@ -93,20 +92,6 @@ class LearnedTemperature(CIQL):
         metrics = super().update(data)
         self.beta_optimizer.step()
         return metrics
-
-
-class TD3BC(CIQL):
-    """The policy, with noise, also climbs Q on the scale of its mean |Q| (Fujimoto & Gu, 2021)."""
-
-    def losses(self, batch):
-        loss, metrics = super().losses(batch)
-        self.critic.requires_grad_(False)
-        actions = self.policy(batch.observations)
-        noise = 0.1 * torch.randn_like(actions)
-        q = self.critic(batch.observations, actions + noise)[0]
-        self.critic.requires_grad_(True)
-        scale = q.abs().mean().detach()
-        return loss - q.mean() / scale, metrics | {"scale": scale}
 
 
 class DDPGBC(CIQL):
@@ -152,17 +137,6 @@ class AdamWCosine(CIQL):
         return metrics
 
 
-class Functional(CIQL):
-    """The critic is called with other weights, which for a moment takes its own away."""
-
-    def losses(self, batch):
-        loss, metrics = super().losses(batch)
-        weights = {name: 0.9 * p.detach() for name, p in self.critic.named_parameters()}
-        pair = (batch.observations, batch.actions)
-        q = torch.func.functional_call(self.critic, weights, pair)
-        return loss + 1e-3 * q.mean() * self.value(batch.observations).mean(), metrics
-
-
 class PolicyActions(CIQL):
     """Off-data actions of the policy, with noise."""
 
@@ -170,21 +144,6 @@ class PolicyActions(CIQL):
         mean = self.policy(batch.observations).detach().unsqueeze(1)
         noise = torch.randn(len(mean), self.config.num_neg, self.action_dim)
         return (mean + noise * self.policy.std().detach()).clamp(-1, 1)
-
-
-class SharedStatistics(CIQL):
-    """``losses`` and ``gaps`` both move the running statistics of a network."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.norm = nn.BatchNorm1d(S, affine=False)
-
-    def losses(self, batch):
-        return super().losses(batch._replace(observations=self.norm(batch.observations)))
-
-    def gaps(self, batch, negative_actions):
-        shifted = batch._replace(observations=self.norm(batch.observations + 1))
-        return super().gaps(shifted, negative_actions)
 
 
 class RunningScale(CIQL):
@@ -211,14 +170,6 @@ class BufferedScale(CIQL):
         return super().policy_loss(batch, advantage / self.scale)
 
 
-class RandomDiscount(CIQL):
-    """Losses use a random number of NumPy's."""
-
-    def losses(self, batch):
-        share = np.random.rand()
-        return super().losses(batch._replace(rewards=batch.rewards * share))
-
-
 def model_of_the_readme():
     """The README's example: a network more, whose loss is a column."""
     (code,) = re.findall(r"```python\n(import torch\nfrom ciql.*?)\ntrain\(", README, re.DOTALL)
@@ -229,7 +180,7 @@ def model_of_the_readme():
 
 OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
 IDEAS = [*OWN, model_of_the_readme(), variants.AveragedPolicy]
-EAGER = {RunningScale, RandomDiscount}  # a graph would hold the number of one step
+EAGER = {RunningScale}  # a graph would hold the number of one step
 
 
 def make(idea):
@@ -249,20 +200,6 @@ def take_steps(agent, data, steps, seed=1):
     return [{name: figure.item() for name, figure in row.items()} for row in history]
 
 
-def assert_same(one, other):
-    pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
-    for (name, left), right in pairs:
-        assert torch.equal(left, right), name
-
-
-def on_disk(state):
-    """As a checkpoint keeps it."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @functools.cache
 def eager_run(idea):
     """The agent after a hundred steps, and what they reported."""
@@ -271,22 +208,23 @@ def eager_run(idea):
 
 
 @pytest.mark.parametrize("idea", IDEAS)
-def test_idea_is_exact(idea):
+def test_idea_is_exact(idea, tmp_path):
     """The same seed gives the same bits, all of it is trained, it resumes as if never stopped."""
     agent, history = eager_run(idea)
     again, data = make(idea)
     before = copy.deepcopy(again)
     assert take_steps(again, data, 100) == history
-    assert_same(agent, again)
+    assert_same_weights(agent, again)
     for (name, old), new in zip(before.named_parameters(), again.parameters(), strict=True):
         assert not (old.requires_grad and torch.equal(old, new)), name
 
     expected = take_steps(again, data, 10, seed=2)
     resumed, data = make(idea)
-    resumed.load_training_state(on_disk(agent.training_state()))
+    torch.save(agent.training_state(), tmp_path / "state.pt")
+    resumed.load_training_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert resumed.steps == 100
     assert take_steps(resumed, data, 10, seed=2) == expected
-    assert_same(again, resumed)
+    assert_same_weights(again, resumed)
 
 
 @pytest.mark.slow
@@ -327,15 +265,3 @@ def test_tensor_that_a_resume_would_forget(lab, idea):
         ciql_pybullet.train(lab_config(name="run"), make_agent=idea)
     assert (lab / "runs").exists() == (idea is TensorThatComesLater)
     assert not (lab / "runs/run/checkpoint.pt").exists()
-
-
-class OnlyPolicyLoss(CIQL):
-    def losses(self, batch):
-        return -self.policy.log_prob(batch.observations, batch.actions).mean(), {}
-
-
-def test_losses_may_report_nothing(lab):
-    """There is no q_loss that the penalty could be added to."""
-    folder, _ = ciql_pybullet.train(lab_config(), make_agent=OnlyPolicyLoss)
-    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert "q_loss" not in columns and "penalty" in columns
