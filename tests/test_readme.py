@@ -87,7 +87,7 @@ def test_what_a_run_leaves(workplace, succeeds):
 def test_recording_a_file(capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
     seeded = "env.action_space.seed(0)\nenv.reset()"
-    exec(python_of(README, "my.hdf5").replace("env.reset()", seeded, 1), {})
+    exec(python_of(REFERENCE, "my.hdf5").replace("env.reset()", seeded, 1), {})
     dataset = ciql.read_dataset("my.hdf5")
     assert dataset.layout == "D4RL's layout" and len(dataset.returns) == 10
     falls = dataset.transitions.terminations.nonzero().flatten()
