@@ -1,11 +1,7 @@
-"""Steps per second of ciql_pybullet.py on this machine, beside CIQL as people usually write it.
-
-Medians over rounds in which the kinds of step take turns: so a drifting machine is fair to all.
-"""
+"""Steps per second of ciql_pybullet.py here, beside CIQL as people write it: medians of rounds."""
 
 import copy
 import functools
-import os
 import statistics
 import sys
 import time
@@ -17,12 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ciql_pybullet import CIQL, SAMPLES, Config, read_dataset
+from ciql_pybullet import CIQL, SAMPLES, Config, mlp, read_dataset
 
 S = 26  # the default job's sizes
 A = 6
 B = 256
-H = 256
 K = 10
 ROUNDS = 5
 STEPS = 60  # of each kind per round
@@ -30,9 +25,15 @@ STEPS = 60  # of each kind per round
 
 def optimized(inputs, outputs, *more):
     """A network, and an Adam of its own."""
-    hidden = [nn.Linear(inputs, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU()]
-    network = nn.Sequential(*hidden, nn.Linear(H, outputs))
+    network = mlp(inputs, 256, 256, outputs)
     return network, torch.optim.Adam([*network.parameters(), *more], lr=3e-4)
+
+
+def minimize(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.item()
 
 
 class Textbook:
@@ -47,13 +48,6 @@ class Textbook:
         self.v, self.v_optimizer = optimized(S, 1)
         self.pi, self.pi_optimizer = optimized(S, A, self.log_std)
 
-    @staticmethod
-    def minimize(optimizer, loss):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
     def step(self):
         index = np.random.randint(len(self.data[2]), size=B)
         s, a, r, s_next, d = (torch.FloatTensor(column[index]) for column in self.data)
@@ -63,7 +57,7 @@ class Textbook:
             y = r + 0.99 * (1 - d) * self.v(s_next).squeeze(1)
         diff = q_bar - self.v(s).squeeze(1)
         weights = diff.detach().clamp(min=0).exp().clamp(max=100.0)
-        self.minimize(self.v_optimizer, (torch.where(diff < 0, 0.2, 0.8) * diff**2).mean())
+        minimize(self.v_optimizer, (torch.where(diff < 0, 0.2, 0.8) * diff**2).mean())
 
         negatives = torch.cat([s.repeat_interleave(K, 0), torch.rand(B * K, A) * 2 - 1], 1)
         for (q, optimizer), target in zip(self.critics, self.targets, strict=True):
@@ -71,27 +65,28 @@ class Textbook:
             loss = F.mse_loss(q_data, y)
             if self.alpha:
                 loss = loss + self.alpha * F.relu(q(negatives).mean() - q_data.mean())
-            self.minimize(optimizer, loss)
+            minimize(optimizer, loss)
             for p, p_target in zip(q.parameters(), target.parameters(), strict=True):
                 p_target.data.copy_(0.995 * p_target.data + 0.005 * p.data)
 
         policy = torch.distributions.Normal(torch.tanh(self.pi(s)), self.log_std.exp())
-        self.minimize(self.pi_optimizer, -(weights * policy.log_prob(a).sum(1)).mean())
+        minimize(self.pi_optimizer, -(weights * policy.log_prob(a).sum(1)).mean())
 
 
 def main():
+    """The kinds of step take turns, so that a drifting machine is fair to all."""
     transitions = read_dataset(SAMPLES / "halfcheetah-bullet-medium-sample.hdf5").transitions
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}\n")
     print("| threads | α | textbook | eager | compiled | compiled / textbook |")
     print("|---|---|---|---|---|---|")
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for alpha in (1.0, 0.0):
-            agents = [CIQL(S, A, Config(device="cpu", alpha=alpha)) for _ in range(2)]
-            data = [agent.prepare(transitions) for agent in agents][0]
-            agents[1].accelerate(data)
+            eager = CIQL(S, A, Config(device="cpu", alpha=alpha))
+            data = eager.prepare(transitions)
+            compiled = copy.deepcopy(eager)
+            compiled.accelerate(data)
             kinds = [Textbook(data, alpha).step]
-            kinds += [functools.partial(agent.update, data) for agent in agents]
+            kinds += [functools.partial(agent.update, data) for agent in (eager, compiled)]
             seconds = [[] for _ in kinds]
             for _ in range(ROUNDS + 1):
                 for step, own in zip(kinds, seconds, strict=True):
@@ -100,8 +95,8 @@ def main():
                         step()
                     own.append((time.perf_counter() - start) / STEPS)
             rates = [1 / statistics.median(own[1:]) for own in seconds]  # the first is to warm up
-            cells = [f"{rate:.0f}" for rate in rates]
-            print(f"| {threads} | {alpha:g} | {' | '.join(cells)} | {rates[2] / rates[0]:.2f} |")
+            cells = " | ".join(f"{rate:.0f}" for rate in rates)
+            print(f"| {threads} | {alpha:g} | {cells} | {rates[2] / rates[0]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ def no_network(monkeypatch):
     return asked
 
 
-# --------------------------------------------------------------------------------------------- data
 def episode(steps, first, observation_dim=2, action_dim=1, closed=True):
     """Rows of an episode in d4rl-pybullet's layout, all numbers told apart by ``first``."""
     rows = steps + closed
@@ -103,7 +102,6 @@ def own_transitions(n=6, observation_dim=15, action_dim=3, **replaced):
     return Transitions(**(columns | replaced))
 
 
-# ----------------------------------------------------------------------- what a run or command left
 def metrics(folder):
     """The rows of a run's metrics.csv, but for the speed."""
     with open(folder / "metrics.csv", newline="") as file:
@@ -139,7 +137,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def succeeds(command):
-    """A function that runs a command line that ends well, without complaint: its stdout."""
+    """The same for one that ends well, without complaint: its stdout."""
 
     def run(*arguments, main=ciql_pybullet.main):
         code, out, error = command(*arguments, main=main)
@@ -174,7 +172,6 @@ def refused(*named):
         assert words in text
 
 
-# --------------------------------------------------------------------------- an environment of ours
 LAB = """
 import os
 import time
@@ -184,7 +181,7 @@ import numpy as np
 
 
 class Lab(gymnasium.Env):
-    '''A point on a line that is paid for staying at 0. Tests see it play and slow it down.'''
+    '''It is paid for staying near 0. Tests see it play, and slow it down.'''
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
     observation_space = gymnasium.spaces.Box(-10, 10, (3,))
@@ -235,8 +232,7 @@ def flags(**settings):
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{flag}", *map(str, values)]
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words
 
 

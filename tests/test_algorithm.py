@@ -1,6 +1,5 @@
 """The gradient step against a float64 reference that shares no code with the script."""
 
-import collections
 import copy
 import itertools
 import math
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import refused
 
-from ciql_pybullet import CIQL, Config, Transitions, mlp, move_towards
+from ciql_pybullet import CIQL, Config, Transitions, mlp
 
 S = 5  # observation_dim
 A = 3  # action_dim
@@ -87,22 +86,13 @@ def reference(p, frozen, batch, negatives, c):
     return figures
 
 
-class Adam:
+def adam_step(p, gradient, moments, t, lr):
     """Kingma & Ba, 2015, algorithm 1, with its own constants."""
-
-    def __init__(self):
-        self.t = 0
-        self.m = collections.defaultdict(float)
-        self.v = collections.defaultdict(float)
-
-    def step(self, p, gradient, lr):
-        self.t += 1
-        for name, g in gradient.items():
-            self.m[name] = 0.9 * self.m[name] + 0.1 * g
-            self.v[name] = 0.999 * self.v[name] + 0.001 * g**2
-            m_hat = self.m[name] / (1 - 0.9**self.t)
-            v_hat = self.v[name] / (1 - 0.999**self.t)
-            p[name] -= lr(name) * m_hat / (v_hat.sqrt() + 1e-8)
+    for name, g in gradient.items():
+        m, v = moments.get(name, (0.0, 0.0))
+        moments[name] = (0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2)
+        m, v = moments[name]
+        p[name] -= lr(name) * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
 
 
 def weights_of(agent, part="data"):
@@ -162,7 +152,7 @@ def test_steps_are_those_of_the_reference(recipe, path):
         on_cuda(agent)
 
     p = weights_of(agent)
-    adam = Adam()
+    moments = {}
     clamps = set()
     for t in range(6):
         torch.manual_seed(t)
@@ -179,7 +169,8 @@ def test_steps_are_those_of_the_reference(recipe, path):
         assert_close(weights_of(agent, "grad"), gradient, 1e-3, 1e-5)
 
         cosine = (1 + math.cos(math.pi * t / 8)) / 2 if config.policy_lr_decay else 1
-        adam.step(p, gradient, lambda name, c=cosine: 1e-3 * (c if "policy" in name else 1))
+        lr = lambda name, c=cosine: 1e-3 * (c if "policy" in name else 1)
+        adam_step(p, gradient, moments, t + 1, lr)
         for name in p.keys() - gradient:
             p[name] = 0.95 * p[name] + 0.05 * p[name.removeprefix("target_")]
         assert_close(weights_of(agent), p, 1e-4, 1e-5)
@@ -197,9 +188,8 @@ def test_log_std_stays_above_its_floor_and_can_grow_again():
     for _ in range(20):
         agent.update(batch)
     assert agent.policy.log_std.tolist() == [-1.0] * A
-    spread = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).expand(4, A)
     for _ in range(20):
-        agent.update(batch._replace(actions=spread))
+        agent.update(batch._replace(actions=torch.ones(4, A)))
     assert agent.policy.log_std.min() > -0.9
 
 
@@ -220,7 +210,6 @@ def test_data_are_normalised_as_the_policy_undoes_it():
     np.testing.assert_allclose(agent.policy.act(s[0]), mean_action, rtol=1e-3, atol=1e-5)
 
 
-# ----------------------------------------------------------------------- the same step, done faster
 def small(**settings):
     usual = {"hidden_sizes": (16, 16), "batch_size": 32, "lr": 1e-2, "threads": 2}
     return Config(device="cpu", **(usual | settings))
@@ -295,33 +284,6 @@ def test_rough_measure_knows_how_rough_it_is(spread, steps):
     assert (margin < 1e-6 * (scale + exact.abs())).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.slow
-def test_compiled_on_cuda():
-    """Nearly the figures of the CPU, from the same weights."""
-    config = small(batch_size=200, alpha=5.0)
-    agent = started(Config(**vars(config) | {"device": "cuda"}))
-    data = agent.prepare(random_data())
-    agent.accelerate(data)
-    for _ in range(20):
-        figures = {name: figure.item() for name, figure in agent.update(data).items()}
-    assert all(np.isfinite(list(figures.values())))
-    of_cpu = run_steps(started(config), 20)[-1]
-    assert figures["q_loss"] == pytest.approx(of_cpu["q_loss"], rel=0.5)
-
-
-def test_move_towards():
-    """Parameters by their share, running statistics whole."""
-    target = torch.nn.BatchNorm1d(2)
-    latest = torch.nn.BatchNorm1d(2)
-    latest.weight.data += 1
-    latest(torch.randn(8, 2) + 5)
-    move_towards(target, latest, share=0.25)
-    assert target.weight.tolist() == [1.25, 1.25]
-    for name, buffer in target.named_buffers():
-        assert torch.equal(buffer, latest.get_buffer(name)), name
-
-
 class Counting(CIQL):
     """Its losses move a buffer."""
 
@@ -336,7 +298,7 @@ class Counting(CIQL):
 
 @pytest.mark.slow
 def test_compiled_step(capsys):
-    """It agrees with the eager one, gives the same bits each time, and its trial leaves no trace."""
+    """It agrees with the eager one, gives the same bits again, and its trial leaves no trace."""
     config = small(lr=1e-3)
     agent = started(config, Counting)
     before = copy.deepcopy(agent)
@@ -358,16 +320,9 @@ def test_compiled_step(capsys):
         np.testing.assert_allclose(one, other, rtol=1e-2, atol=5e-3, err_msg=name)
 
 
-def no_compiler(*arguments, **options):
-    def broken(*batch):
-        raise RuntimeError("no compiler found\nand a page more")
-
-    return broken
-
-
 def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     """With a NOTE of one line, and to the bits of a run that was not to be compiled."""
-    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **options: lambda *batch: 1 / 0)
     agent = started(small(alpha=0.0))
     agent.accelerate(random_data())
     out = capsys.readouterr().out
@@ -376,7 +331,6 @@ def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     assert agent.steps == 3 and "losses" not in vars(agent)
 
 
-# ---------------------------------------------------------------------------- what would be lost
 def test_parameters_that_nothing_would_train_or_save():
     """Each is refused until it was given to ``make_optimizer``, and is the agent's own."""
     agent = started(small())
@@ -388,22 +342,9 @@ def test_parameters_that_nothing_would_train_or_save():
     with refused("nn.ModuleList"):
         agent.check_attributes()
     agent.others = torch.nn.ModuleList(agent.others)
-    agent.policy.fixed = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     agent.check_attributes()
 
-
-@pytest.mark.parametrize("part", [torch.ones(1), np.ones(2), np.float32(1.5)])
-def test_what_a_resume_would_forget(part):
-    """It is refused by name; numbers are saved, and must be there on a resume."""
-    agent = started(small())
-    agent.mine = part
-    with refused("mine is an array, which is not saved; make it a nn.Buffer"):
-        agent.check_attributes()
-    agent.mine = 7
     state = agent.training_state()
-    agent.mine = 0
-    agent.load_training_state(state)
-    assert agent.mine == 7
-    del agent.mine
+    agent.mine = 7
     with refused("differ in mine"):
         agent.load_training_state(state)

@@ -25,9 +25,8 @@ class Counted(gymnasium.Env):
 
     def step(self, action):
         self.t += 1
-        observation = np.float32([1000 * self.number + self.t])
         is_over = self.t == self.lengths[self.number]
-        return observation, 100.0 * self.number, is_over, False, {}
+        return np.float32([1000 * self.number + self.t]), 100.0 * self.number, is_over, False, {}
 
 
 def recorded(*lengths):
@@ -57,7 +56,6 @@ def test_recorded_file_is_read_as_what_was_played(tmp_path):
     ("returns", "is_reached"),
     [
         ([900.0, 100.0, 100.0], False),  # one good episode, or an old one, is no level
-        ([900.0, 700.0, 500.0], True),
         ([100.0, 100.0, 800.0, 600.0, 700.0], True),
         ([900.0, 900.0], False),  # of three
     ],
@@ -70,7 +68,7 @@ def test_learning_ends_at_a_mean_of_the_last_episodes(returns, is_reached):
     assert until._on_step() != is_reached and until.is_reached == is_reached
 
 
-def test_thinned_set_keeps_whole_episodes_evenly(tmp_path, capsys):
+def test_thinned_set_keeps_whole_episodes_evenly(tmp_path):
     """From the first to the last of learning, and no piece of one."""
     recorder = recorded(*[3] * 40)
     recorder.thin(40)
@@ -80,11 +78,6 @@ def test_thinned_set_keeps_whole_episodes_evenly(tmp_path, capsys):
     assert numbers[0] <= 5 and numbers[-1] >= 36 and set(np.diff(numbers)) <= {3, 4, 5}
     recorder.write(tmp_path / "data.hdf5", "")
     assert ciql.read_dataset(tmp_path / "data.hdf5").returns.tolist() == kept
-    assert f"{4 * len(kept)} rows, {len(kept)} episodes" in capsys.readouterr().out
-
-    whole = recorded(2, 3)
-    whole.thin(10**6)
-    assert whole.returns == [200, 600] and len(whole.rows) == 7
 
 
 def test_first_episode_of_a_simulator_is_thrown_away():

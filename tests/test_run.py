@@ -1,9 +1,9 @@
 """Whole runs: what they print and write, the picture, calls from Python, folders, resuming."""
 
 import collections
-import contextlib
 import csv
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -22,13 +22,11 @@ import pytest
 import torch
 import variants
 from conftest import LAB_FLAGS, SCRIPT, flags, lab_config, lab_file, metrics, refused, snapshot
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ciql_pybullet as ciql
 
 PLOT = ciql.plot_returns
-FAILURE = pytest.raises(ZeroDivisionError)
 
 
 def saved(folder, *keys):
@@ -67,11 +65,10 @@ def assert_events_are_the_table(folder):
     assert found == expected
 
 
-# ------------------------------------------------------------------------------------- the main job
-SMALL = "--max-steps 300 --log-interval 100 --eval-interval 150 --eval-episodes 2 --alpha 0.5"
+SMALL = "--max-steps 300 --log-interval 100 --eval-interval 150 --eval-episodes 1 --alpha 0.5"
 SMALL += " --device cpu --no-compile --hidden-sizes 8 --batch-size 16 --threads 1"
 NUMBER = r"-?\d\S*"
-EVALUATION = rf"step +\d+  return {NUMBER} ± {NUMBER} over 2 episodes  score {NUMBER}"
+EVALUATION = rf"step +\d+  return {NUMBER} ± {NUMBER} over 1 episodes  score {NUMBER}"
 
 
 @pytest.mark.slow
@@ -92,10 +89,10 @@ def test_main_job(tmp_path, succeeds):
     assert picture.startswith(b"\x89PNG")
     rows = metrics(folder)
     assert [row["step"] for row in rows] == ["100", "150", "200", "300", "300"]
-    assert [bool(row["return_2"]) for row in rows] == [False, True, False, False, True]
+    assert [bool(row["return_1"]) for row in rows] == [False, True, False, False, True]
     columns = (
         "step value_loss q_loss policy_loss penalty gap1 gap2 q v advantage policy_std clamp_open"
-        " return_mean return_std score return_1 return_2"
+        " return_mean return_std score return_1"
     )
     assert set(rows[0]) == set(columns.split())
     assert_events_are_the_table(folder)
@@ -107,7 +104,6 @@ def test_main_job(tmp_path, succeeds):
     assert re.findall(EVALUATION, played) == re.findall(EVALUATION, out)[-1:]
 
 
-# --------------------------------------------------------------------------------------- evaluation
 def test_episodes_differ(monkeypatch):
     """Within an evaluation, between steps, and between seeds; not when it is done again."""
     monkeypatch.setattr(ciql, "play_episode", lambda policy, env_id, seed: float(seed))
@@ -123,49 +119,13 @@ def test_episodes_differ(monkeypatch):
     assert len({seed for seeds in played for seed in seeds}) == 20
 
 
-def test_policy_is_played_in_eval_mode(lab):
-    """Without its dropout; training goes on in training mode."""
-    policy = ciql.GaussianPolicy(3, 1, (8,))
-    plain = ciql.evaluate(policy, lab_config(), 1)
-    policy.mu.insert(1, torch.nn.Dropout(0.5))
-    assert ciql.evaluate(policy, lab_config(), 1) == plain and policy.training
-
-
-def test_policy_that_samples(lab, monkeypatch):
-    """Its evaluations take no random number from training, and an episode is that of its seed."""
-    usual, _ = ciql.train(lab_config())
-    act = ciql.GaussianPolicy.act
-    sampled = lambda policy, x: act(policy, x) + torch.rand(1).numpy() / 10
-    monkeypatch.setattr(ciql.GaussianPolicy, "act", sampled)
-    one, _ = ciql.train(lab_config())
-    other, _ = ciql.train(lab_config())
-    assert_same_run(one, other)
-    assert metrics(one) != metrics(usual)
-    assert saved(one, "policy") == saved(usual, "policy")
-
-
-def test_film(lab, succeeds):
-    """Of the final policy, and again when it is evaluated; the evaluation is the same without."""
-    folder, evaluations = ciql.train(lab_config(film=True, name="run"))
-    path = folder / "policy.gif"
-    film = path.read_bytes()
-    with Image.open(path) as images:
-        assert images.format == "GIF" and images.n_frames == 4  # of ten steps, every third
-    path.unlink()
-    out = succeeds("--evaluate", "runs/run", "--film")
-    assert f"return {evaluations[-1]['return_mean']:.1f} ± " in out and path.read_bytes() == film
-
-
-@pytest.mark.parametrize(
-    ("means", "value", "evaluations"),
-    [(range(1, 41), 38.5, 4), (range(1, 11), 9, 3), ([5.0, 7.0], 6, 2)],
-)
-def test_final_return(means, value, evaluations):
+def test_final_return():
     """The last tenth of the evaluations, three at least; all where there are fewer."""
-    assert ciql.final_return(list(means)) == (value, evaluations)
+    assert ciql.final_return(list(range(1, 41))) == (38.5, 4)
+    assert ciql.final_return(list(range(1, 11))) == (9, 3)
+    assert ciql.final_return([5.0, 7.0]) == (6, 2)
 
 
-# ------------------------------------------------------------------------------------- the picture
 @pytest.mark.parametrize("has_episodes", [True, False])
 def test_picture(tmp_path, monkeypatch, has_episodes):
     """Means and single episodes at their steps; a line where the data are; no line out of view."""
@@ -200,7 +160,6 @@ def test_picture(tmp_path, monkeypatch, has_episodes):
     assert axes.get_title() == "AveragedPolicy on my\nseed=3"
 
 
-# ------------------------------------------------------------------------------ from other programs
 def test_default_settings():
     """Those of the task that the script was made for."""
     c = ciql.Config()
@@ -222,10 +181,12 @@ def test_train_can_be_called(lab):
     reported = []
     report = lambda row, folder: reported.append((row, ciql.load_checkpoint(folder)["step"]))
     ciql.train(config)  # imports what stays
+    torch.set_num_threads(2)
     before = state_of_the_process()
     first, evaluations = ciql.train(config, report=report)
     second, again = ciql.train(config)
     assert state_of_the_process() == before
+    torch.set_num_threads(1)
     assert reported == [(row, row["step"]) for row in evaluations]
     assert [row["step"] for row in evaluations] == [20, 40]
     assert again == evaluations == ciql.evaluations_of(ciql.load_checkpoint(first)["rows"])
@@ -240,55 +201,23 @@ def test_train_needs_the_main_thread(lab):
     assert not (lab / "runs").exists()
 
 
-def test_busy_machine_is_noted(lab, monkeypatch, capsys):
-    monkeypatch.setattr("os.getloadavg", lambda: (64.0, 0.0, 0.0))
-    ciql.train(lab_config(max_steps=1, threads=2))
-    assert "so --threads 1 may be faster" in capsys.readouterr().out
-
-
-def test_agent_of_ones_own(lab):
-    """What is saved is the policy that it evaluates, and the code of its module."""
-    folder, evaluations = ciql.train(lab_config(), make_agent=variants.AveragedPolicy)
-    assert ciql.evaluate(ciql.load_policy(folder), lab_config(), 40) == evaluations[1]
-    copied = folder / "code-from-step-0" / "variants.py"
-    assert copied.read_bytes() == Path(variants.__file__).read_bytes()
-
-
-def test_notebook(lab, monkeypatch):
-    """A class that is defined where no file is, as in a notebook."""
-    monkeypatch.setitem(sys.modules, "typed_in", types.ModuleType("typed_in"))
-    typed = type("Typed", (ciql.CIQL,), {"__module__": "typed_in"})
-    folder, _ = ciql.train(lab_config(max_steps=2), make_agent=typed)
-    assert [path.name for path in folder.glob("code-*/*")] == ["ciql_pybullet.py"]
-
-
-class Metrics(ciql.CIQL):
-    """It reports a number, an integer tensor, and a metric of every second step."""
+class Reporting(variants.AveragedPolicy):
+    """It reports a number, and a metric of every second step."""
 
     def update(self, data):
         metrics = super().update(data)
-        metrics |= {"number": 0.5, "small": torch.tensor(200, dtype=torch.uint8)}
         if self.steps % 2:
             metrics["sometimes"] = torch.tensor(float(self.steps))
-        return metrics
+        return metrics | {"number": 0.5}
 
 
-def test_metrics_are_means_of_the_steps_that_reported_them(lab):
-    folder, _ = ciql.train(lab_config(), make_agent=Metrics)
+def test_agent_of_ones_own(lab):
+    """Means are of the steps that reported; what is saved is the policy that it evaluates."""
+    folder, evaluations = ciql.train(lab_config(), make_agent=Reporting)
     row = ciql.load_checkpoint(folder)["rows"][0]
-    assert (row["number"], row["sometimes"], row["small"]) == (0.5, 5, 200)
-
-
-# -------------------------------------------------------------------------------------- run folders
-def test_names_of_folders():
-    """They say what differs from the defaults; two of one second differ."""
-    varied = ciql.Config(
-        dataset="my data.hdf5", alpha=0, clamp_advantage=False, hidden_sizes=(8, 9), seed=3
-    )
-    configs = (varied, varied, ciql.Config(name="mine"))
-    names = [ciql.folder_of(config).name for config in configs]
-    assert names[0].startswith("my_data-seed=3-alpha=0-clamp_advantage=False-hidden_sizes=_8__9_-2")
-    assert names[1] != names[0] and names[2] == "mine"
+    assert (row["number"], row["sometimes"]) == (0.5, 5)
+    assert ciql.evaluate(ciql.load_policy(folder), lab_config(), 40) == evaluations[1]
+    assert (folder / "code-from-step-0/test_run.py").exists()
 
 
 def test_the_same_command_again(lab, succeeds, fails):
@@ -312,11 +241,10 @@ def test_the_same_command_again(lab, succeeds, fails):
         fails("--resume", "runs/r", *changed, "--max-steps", "80", named=cause)
 
 
-@pytest.mark.parametrize("max_steps", [40, 50])
-def test_run_answers_for_itself_alone(lab, max_steps):
-    """Complete or not, another agent, environment or data under its name do not get its curve."""
-    ciql.train(lab_config(name="run"))
-    config = lab_config(name="run", max_steps=max_steps)
+def test_run_answers_for_itself_alone(lab):
+    """Another agent, environment or data under its name do not get its curve."""
+    config = lab_config(name="run")
+    ciql.train(config)
     with refused("is of agent CIQL, not AveragedPolicy"):
         ciql.train(config, make_agent=variants.AveragedPolicy)
     with refused("is of environment lab:Lab-v0, not Lab-v0"):
@@ -343,33 +271,18 @@ def test_what_a_resumed_run_may_change(lab, succeeds):
     assert not Path("elsewhere").exists()
 
 
-def edit_facts(folder, *gone):
-    """As if these settings were newer than the run; and one is gone since."""
-    path = folder / "config.json"
-    facts = json.loads(path.read_text())
-    for name in gone:
-        del facts[name]
-    path.write_text(json.dumps(facts | {"batch_parts": 2}))
-
-
 def test_setting_that_is_newer_than_the_run(lab):
-    """It is compared with its default, which the run had."""
-    usual = {"hidden_sizes": ciql.Config.hidden_sizes, "max_steps": 20}
-    folder, _ = ciql.train(lab_config(name="run", **usual))
-    edit_facts(folder, "polyak", "hidden_sizes", "threads")
-    ciql.train(lab_config(name="run", **usual | {"max_steps": 22}))
-    folder, _ = ciql.train(lab_config(name="tau", tau=0.9))
-    edit_facts(folder, "tau")
+    """It is compared with its default, which the run had; one that is gone since is no matter."""
+    folder, _ = ciql.train(lab_config(name="run", tau=0.9))
+    path = folder / "config.json"
+    facts = json.loads(path.read_text()) | {"batch_parts": 2}
+    del facts["polyak"]
+    path.write_text(json.dumps(facts))
+    ciql.train(lab_config(name="run", tau=0.9, max_steps=42))
+    del facts["tau"]
+    path.write_text(json.dumps(facts))
     with refused("is of tau 0.8, not 0.9"):
-        ciql.train(lab_config(name="tau", tau=0.9, max_steps=50))
-
-
-def test_threads_are_kept_with_the_run(lab, monkeypatch):
-    """The number is settled at the start, so that a resume is exact on another machine."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    ciql.train(lab_config(threads=0, name="run", max_steps=1))
-    assert ciql.load_checkpoint("runs/run")["config"].threads == 4  # at most
+        ciql.train(lab_config(name="run", tau=0.9, max_steps=50))
 
 
 def test_clock_that_is_set_back(lab, monkeypatch):
@@ -383,43 +296,27 @@ def test_clock_that_is_set_back(lab, monkeypatch):
 
 def test_environment_that_changes_the_folder(lab, monkeypatch, succeeds):
     """All is read and written where it would be without."""
-    import lab as module
-
-    (lab / "elsewhere").mkdir()
-    reset = module.Lab.reset
+    elsewhere = lab / "elsewhere"
+    elsewhere.mkdir()
+    environment = importlib.import_module("lab").Lab
+    reset = environment.reset
 
     def moving(self, **options):
         result = reset(self, **options)
-        os.chdir(lab / "elsewhere")
+        os.chdir(elsewhere)
         return result
 
-    monkeypatch.setattr(module.Lab, "reset", moving)
+    monkeypatch.setattr(environment, "reset", moving)
     monkeypatch.setattr(ciql, "plot_returns", PLOT)
-    succeeds(*LAB_FLAGS, "--name", "run", "--film")
-    assert (lab / "runs/run/policy.gif").exists() and (lab / "eval_returns.png").exists()
-    (lab / "runs/run/policy.gif").unlink()
-    os.chdir(lab)
-    succeeds("--evaluate", "runs/run", "--film")
-    assert (lab / "runs/run/policy.gif").exists()
-    assert snapshot(lab / "elsewhere") == {}
+    for arguments in ([*LAB_FLAGS, "--name", "run"], ["--evaluate", "runs/run"]):
+        succeeds(*arguments, "--film")
+        (lab / "runs/run/policy.gif").unlink()
+        os.chdir(lab)
+    assert (lab / "eval_returns.png").exists() and snapshot(elsewhere) == {}
 
 
-# -------------------------------------------------------------------------------- Weights & Biases
-@pytest.mark.parametrize(("ending", "code"), [(contextlib.nullcontext(), 0), (FAILURE, 1)])
-def test_end_of_a_run_on_wandb(lab, monkeypatch, ending, code):
-    """It goes on under its id, and a run that failed shows as failed."""
-    calls = []
-    monkeypatch.setattr("wandb.init", lambda **options: calls.append(options))
-    monkeypatch.setattr("wandb.finish", lambda exit_code: calls.append(exit_code))
-    with ending:
-        ciql.train(lab_config(wandb_project="p", name="run"), report=lambda *row: 1 / (1 - code))
-    options, exit_code = calls
-    assert exit_code == code and options["config"]["agent"] == "CIQL"
-    assert (options["project"], options["id"], options["resume"]) == ("p", "run", "allow")
-
-
-def wandb_rows(path):
-    """The rows of history in a file of an offline run: records of a LevelDB log, as protobufs."""
+def wandb_records(path):
+    """What a file of an offline run holds: records of a LevelDB log, as protobufs."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content = path.read_bytes()
@@ -433,26 +330,31 @@ def wandb_rows(path):
         if 32768 - position % 32768 < 7:  # no header fits into this block
             position += 32768 - position % 32768
         if kind in (1, 4):
-            found = Record.FromString(record)
+            yield Record.FromString(record)
             record = b""
-            if found.WhichOneof("record_type") == "history":
-                items = found.history.item
-                yield {"/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 @pytest.mark.slow
 def test_wandb_has_the_rows_of_metrics_csv(lab, monkeypatch):
-    """Offline, of a run that goes on: each row once, from the first to the last."""
+    """Offline, of a run that goes on: each row once; the run has its id, and shows as failed."""
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for max_steps in (20, 60):
-        ciql.train(lab_config(wandb_project="p", name="run", max_steps=max_steps))
+    ciql.train(lab_config(wandb_project="p", name="run", max_steps=20))
+    config = lab_config(wandb_project="p", name="run", max_steps=60)
+    with pytest.raises(ZeroDivisionError):
+        ciql.train(config, report=lambda row, folder: 1 / (60 - row["step"]))
     wandb.teardown()
-    *_, path = sorted(lab.rglob("*.wandb"), key=os.path.getmtime)
+    files = sorted(lab.rglob("run-run.wandb"), key=os.path.getmtime)
+    complete, failed = [list(wandb_records(path)) for path in files]
+    for records, code in ((complete, 0), (failed, 1)):
+        assert [one.exit.exit_code for one in records if one.HasField("exit")] == [code]
     found = collections.defaultdict(dict)
-    for row in wandb_rows(path):
+    for record in failed:
+        if not record.HasField("history"):
+            continue
+        row = {"/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
         cells = {name.partition("/")[2]: cell for name, cell in row.items() if "/" in name}
         assert not cells.keys() & found[row["global_step"]].keys()  # twice
         found[row["global_step"]] |= cells

@@ -1,29 +1,21 @@
 """Studies: what runs they are made of, their methods, and how they stop, go on and grow."""
 
-import contextlib
 import hashlib
 import itertools
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import types
-import uuid
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
-import torch
 import variants
-from conftest import LAB_SETTINGS, flags, lab_file, metrics, own_transitions, snapshot
-from torch.nn.utils import parameters_to_vector
+from conftest import LAB_SETTINGS, flags, lab_file, metrics, snapshot
 
 import ciql_pybullet as ciql
 import study
@@ -34,7 +26,6 @@ LAB = flags(**{name: value for name, value in LAB_SETTINGS.items() if name not i
 DATA = ["--datasets", "data.hdf5", *LAB, "--eval-episodes", "1"]
 
 
-# ------------------------------------------------------------------------------- what it is made of
 def test_grid():
     """Data sets x methods x settings x seeds; settings with a comma between vary together."""
     command = ["--datasets", PUBLISHED, "m#y\n.hdf5", "--env-id", "HopperBulletEnv-v0"]
@@ -60,37 +51,20 @@ def test_grid():
     ("arguments", "named"),
     [
         (["--grid", "alpha", "0", "-1"], "alpha is -1.0, but must be from 0"),
-        (["--grid", "alpha"], "--grid alpha needs values"),
         (["--grid", "alpha,beta", "0,1", "1"], "--grid alpha,beta 0,1 1 needs values"),
-        (["--seeds", "0", "1", "0"], "two runs of the study are"),
-        (["--seeds"], "the study has no runs"),
-        (["--seed", "3"], "--seed is of single runs"),
         (["--methods", "CIQL", "Mine"], "Mine is none of the methods CIQL, IQL, cloning"),
         (["--methods", "CIQL", "IQL", "--alpha", "2"], "--alpha 2.0 would make IQL another"),
-        (["--gpu-share", "2"], "gpu_share is 2.0"),
-        (["--datasets", "none.hdf5", "--env-id", "lab:Lab-v0"], "none.hdf5: cannot be read"),
-        ([*DATA, "--study", "old"], "is of another version"),
         ([*DATA, "--device", "cpu", "--threads", "5"], "the largest node has 4 cores; lower it"),
-        (["--evaluate", "nothing"], "nothing holds no run that can be read"),
-        (["--summarize", "nothing"], "name a study's folder"),
-        (["--baseline", "CIQL"], "works with --summarize alone"),
     ],
 )
 def test_bad_study(monkeypatch, fails, lab, arguments, named):
     """One line, exit code 2, before anything is trained; nothing is left behind."""
-    (lab / "old").mkdir()
-    (lab / "old" / "summary.csv").write_text("dataset,label,seed,state\n")
     trained_here(monkeypatch)
     monkeypatch.setattr(study, "train_runs", lambda runs, share: pytest.fail("trained"))
     fails(*arguments, named=named, main=study.main)
 
 
-# -------------------------------------------------------------------------- studies in this process
-NODES = [
-    {"Alive": True, "Resources": {"CPU": 2.0}},
-    {"Alive": True, "Resources": {"CPU": 4.0}},
-    {"Alive": False, "Resources": {"CPU": 64.0}},
-]
+NODES = [{"Alive": True, "Resources": {"CPU": cores}} for cores in (2.0, 4.0)]
 
 
 def trained_here(monkeypatch):
@@ -108,62 +82,6 @@ def trained_here(monkeypatch):
 
 def rows_of(path):
     return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-
-
-def test_threads(monkeypatch):
-    """Each run has its own; 0 is the largest node's."""
-    monkeypatch.setattr(study.ray, "nodes", lambda: NODES)
-    _, runs = study.parse(["--grid", "threads", "0", "1", "4"])
-    study.set_threads(list(runs.values()))
-    assert [run.config.threads for run in runs.values()] == [4, 1, 4]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_end_of_time_or_terminal_is_as_ctrl_c(monkeypatch, number):
-    """But where it is ignored, as under nohup, it stays so."""
-    monkeypatch.setattr(study.ray, "init", lambda *arguments, **options: None)
-    monkeypatch.setattr(study.os, "environ", dict(os.environ))
-    usual = [(each, signal.getsignal(each)) for each in (signal.SIGTERM, signal.SIGHUP)]
-    try:
-        signal.signal(number, signal.SIG_IGN)
-        study.start_ray("")
-        assert signal.getsignal(number) == signal.SIG_IGN
-        signal.signal(number, signal.SIG_DFL)
-        study.start_ray("")
-        assert signal.getsignal(number) == signal.default_int_handler
-    finally:
-        for each, handler in usual:
-            signal.signal(each, handler)
-
-
-def test_worker_hears_the_signal_that_ray_cancels_with(lab, monkeypatch):
-    """A shell may have had SIGINT ignored for all that it started."""
-    heard = []
-    train = lambda config, make_agent: heard.append(signal.getsignal(signal.SIGINT))
-    monkeypatch.setattr(ciql, "train", train)
-    _, runs = study.parse([*DATA, "--study", "."])
-    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    study.train_run(*runs.values())
-    signal.signal(signal.SIGINT, usual)
-    assert heard == [signal.default_int_handler]
-
-
-def test_each_run_has_its_own_resources(monkeypatch):
-    """As Ray is told: threads of the run, a share of a GPU where there is one and it is wanted."""
-    told = []
-
-    def options(num_cpus, num_gpus, max_retries):
-        told.append((num_cpus, num_gpus))
-        return types.SimpleNamespace(remote=lambda run: run.config.name)
-
-    task = types.SimpleNamespace(options=options)
-    monkeypatch.setattr(study.ray, "cluster_resources", lambda: {"CPU": 4, "GPU": 1})
-    monkeypatch.setattr(study.ray, "remote", lambda **options: lambda function: task)
-    monkeypatch.setattr(study.ray, "wait", lambda waiting: (waiting[:1], waiting[1:]))
-    monkeypatch.setattr(study.ray, "get", lambda ready: "")
-    _, runs = study.parse(["--grid", "threads,device", "1,cpu", "2,auto"])
-    study.train_runs(list(runs.values()), 0.5)
-    assert told == [(1, 0), (2, 0.5)]
 
 
 @pytest.fixture
@@ -238,20 +156,6 @@ def assert_is_as_alone(command, folder, *settings):
     return rows
 
 
-def test_what_another_process_works_on(lab, study_here, fails):
-    """A study is refused. A single run is left alone and named; the others are trained."""
-    names = [*DATA, "--seeds", "0", "1"]
-    (lab / "s" / "data-CIQL-seed1").mkdir(parents=True)
-    with filelock.FileLock(lab / "s" / ".lock"):
-        code, _, error = study_here(*names)
-        assert code == 1 and "lock" in error
-    with filelock.FileLock(lab / "s" / "data-CIQL-seed1" / ".lock"):
-        code, out, _ = study_here(*names)
-    assert code == 1 and re.search("FAILED data, CIQL, seed 1: .*lock", out)
-    code, out, _ = study_here(*names)
-    assert code == 0 and "study  2 runs, 1 of them to train" in out and "FAILED" not in out
-
-
 def test_the_sample_is_named_and_found_once(lab, study_here, monkeypatch, no_network):
     """Without a network: the note comes once, tables say that the data are re-collected."""
     monkeypatch.setattr(ciql, "play_episode", lambda *arguments: 1.0)
@@ -262,12 +166,6 @@ def test_the_sample_is_named_and_found_once(lab, study_here, monkeypatch, no_net
     assert {row["dataset"] for row in rows} == {f"{PUBLISHED} (re-collected)"}
 
 
-# ----------------------------------------------------------------------------------------- methods
-def agent_of(kind):
-    torch.manual_seed(0)
-    return kind(4, 2, ciql.Config(device="cpu", hidden_sizes=(8,), batch_size=16, num_neg=3))
-
-
 def test_methods():
     """IQL's recipe is that of its paper; all are settings of the script and agents of it."""
     settings = {"alpha": 0, "beta": 3, "tau": 0.7, "clamp_advantage": False}
@@ -276,134 +174,34 @@ def test_methods():
     _, runs = study.parse(["--methods", *variants.METHODS])
     for run, (name, method) in zip(runs.values(), variants.METHODS.items(), strict=True):
         assert (run.method, run.row["method"]) == (name, name)
-        changed = {
-            setting: value
-            for setting, value in vars(run.config).items()
-            if setting not in ciql.NEUTRAL_SETTINGS and value != getattr(ciql.Config, setting)
-        }
-        assert changed == method.settings
-
-
-def test_averaged_policy():
-    """It plays the running mean of the weights."""
-    weights_of = lambda policy: parameters_to_vector(policy.parameters()).detach()
-    agent = agent_of(variants.AveragedPolicy)
-    prepared = agent.prepare(own_transitions(50, 4, 2))
-    expected = weights_of(agent.policy)
-    for _ in range(10):
-        agent.update(prepared)
-        expected = expected + 0.001 * (weights_of(agent.policy) - expected)
-    played = agent.evaluated_policy()
-    torch.testing.assert_close(weights_of(played), expected, rtol=1e-5, atol=1e-7)
-    assert torch.equal(played.observation_mean, agent.policy.observation_mean)
-
-
-def test_near_actions():
-    """The penalty's actions lie about the policy's own mean, in the box."""
-    agent = agent_of(variants.NearActions)
-    batch = own_transitions(16, 4, 2)
-    distances = agent.off_data_actions(batch) - agent.policy(batch.observations)[:, None]
-    assert distances.shape == (16, 3, 2)
-    assert 0.15 < distances.std() < 0.25 and abs(distances.mean()) < 0.1
-
-
-# ----------------------------------------------------------------------------------------- with Ray
-def start_study(*arguments):
-    """Start a study as a user does, in a process group of its own."""
-    command = [sys.executable, study.__file__, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, start_new_session=True, **pipes)
-
-
-def wait_for(condition, seconds=300):
-    for _ in range(10 * seconds):
-        if result := condition():
-            return result
-        time.sleep(0.1)
-    raise AssertionError("waited in vain")
-
-
-def workers_of(process):
-    """The processes that train, of those that ``process`` has started."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if child.cmdline()[0].startswith("ray::train_run"):
-                found.append(child)
-        except (psutil.Error, IndexError):
-            pass  # it has ended
-    return found
-
-
-@contextlib.contextmanager
-def cluster(folder):
-    """A Ray cluster of two nodes, a core each: its address, and the processes of the nodes."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block"]
-    head = ["--head", "--include-dashboard=false", f"--port={address.split(':')[1]}"]
-    with contextlib.ExitStack() as stack:
-        nodes = []
-        for n, arguments in enumerate((head, [f"--address={address}"])):
-            path = folder / f"node{n}.txt"
-            log = stack.enter_context(open(path, "w"))
-            node = subprocess.Popen([*ray, *arguments], cwd="/", stdout=log, stderr=log)
-            stack.callback(node.wait)
-            stack.callback(node.terminate)
-            nodes.append(node)
-            wait_for(lambda path=path: "Ray runtime started" in path.read_text())
-        yield address, nodes
+        expected = vars(ciql.Config()) | method.settings
+        for setting in expected.keys() - ciql.NEUTRAL_SETTINGS:
+            assert getattr(run.config, setting) == expected[setting], setting
 
 
 @pytest.mark.slow
-def test_stopped_and_killed_on_two_nodes(lab, tmp_path_factory, monkeypatch, command):
-    """Ctrl-C while a run waits for a core; then, on a cluster, workers and a node die.
-
-    Each run goes on where it was, elsewhere if need be, and is what it is alone, to the bit.
-    """
-    settings = ["--max-steps", "400", "--eval-interval", "40"]
-    arguments = [*DATA, *settings, "--grid", "alpha", "0", "1", "--study", "s"]
-    names = [f"data-CIQL-alpha{alpha}-seed0" for alpha in "01"]
-    checkpoints = [lab / "s" / name / "checkpoint.pt" for name in names]
+def test_stopped_and_gone_on_with(lab, monkeypatch, command):
+    """A queue's SIGTERM, then a run more. Each run is what it is alone, to the bit."""
+    settings = ["--max-steps", "200", "--eval-interval", "40"]
+    process = [sys.executable, study.__file__, *DATA, *settings, "--study", "s", "--seeds", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    folders = [lab / "s" / f"data-CIQL-seed{seed}" for seed in (0, 1)]
     monkeypatch.setenv("LAB_PAUSE", "0.05")
-    process = start_study(*arguments, "--threads", "0")  # of which one runs at a time
-    wait_for(checkpoints[0].exists)
-    os.killpg(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=100)
-    assert (process.returncode, error) == (130, ""), out
-    assert out.endswith("stopped; go on with the same command\n") and "Traceback" not in out
-    stopped, waiting = rows_of(lab / "s" / "summary.csv")
-    assert stopped["state"] == waiting["state"] == "incomplete"
-    assert 40 <= int(stopped["step"]) < 400 and not int(waiting["step"] or 0)
-    assert "stopped at step" in (lab / "s" / f"{names[0]}.log").read_text()
+    with subprocess.Popen(process, start_new_session=True, **pipes) as stopped:
+        while not (folders[0] / "checkpoint.pt").exists():
+            assert stopped.poll() is None
+            time.sleep(0.1)
+        os.killpg(stopped.pid, signal.SIGTERM)
+        out, error = stopped.communicate(timeout=100)
+    assert (stopped.returncode, error) == (130, ""), out
+    assert out.endswith("stopped; go on with the same command\n")
+    (row,) = rows_of(lab / "s" / "summary.csv")
+    assert row["state"] == "incomplete" and 40 <= int(row["step"]) < 200
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    saved = checkpoints[0].stat().st_mtime_ns
-    with cluster(tmp_path_factory.mktemp("nodes")) as (address, (first, second)):
-        monkeypatch.delenv("LAB_PAUSE")
-        process = start_study(*arguments, "--ray-address", address)
-        wait_for(lambda: checkpoints[0].stat().st_mtime_ns > saved)
-        killed = workers_of(first) + workers_of(second)
-        assert killed
-        for worker in killed:
-            worker.terminate()
-        wait_for(lambda: checkpoints[1].exists() and workers_of(second))
-        for child in psutil.Process(second.pid).children(recursive=True):
-            if child.name() == "raylet":
-                child.kill()
-        out, error = process.communicate(timeout=400)
-    assert (process.returncode, error) == (0, ""), out
-    assert "2 of them to train" in out and f"{names[1]} is complete" in out
-    starts = []
-    for name in names:
-        log = (lab / "s" / f"{name}.log").read_text()
-        assert "train:" not in log  # no progress bar
-        steps = re.findall(r"^run .* from step ([\d,]+)$", log, re.MULTILINE)
-        starts.append([int(step) for step in steps])
-        alpha = name.partition("alpha")[2][0]
-        assert_is_as_alone(command, lab / "s" / name, *settings, "--alpha", alpha)
-    assert starts[0][:2] == [0, int(stopped["step"])] and starts[0][1] < starts[0][2]
-    assert starts[1][0] == 0 and len(starts[0]) + len(starts[1]) >= 5  # one more for the node
+    monkeypatch.delenv("LAB_PAUSE")
+    again = subprocess.run([*process, "1"], check=False, timeout=400, **pipes)
+    assert (again.returncode, again.stderr) == (0, ""), again.stdout
+    assert "2 of them to train" in again.stdout and "seed1 is complete" in again.stdout
+    assert f"from step {row['step']}\n" in folders[0].with_suffix(".log").read_text()
+    for seed, folder in enumerate(folders):
+        assert_is_as_alone(command, folder, *settings, "--seed", seed)
