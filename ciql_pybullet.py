@@ -232,9 +232,7 @@ def conservative_gap(q_neg: Tensor, q_data: Tensor) -> Tensor:
     return q_neg.mean(-1, dtype=dtype) - q_data.mean(-1, dtype=dtype)
 
 
-def awr_weights(
-    advantage: Tensor, beta: float, max_weight: float, clamp_advantage: bool = True
-) -> Tensor:
+def awr_weights(advantage: Tensor, beta: float, max_weight: float, clamp_advantage: bool) -> Tensor:
     """min(exp(β · max(0, A)), max_weight): (B,) -> (B,), with A = Q̄(s,a) − V(s).
 
     IQL, equation 7, which has no max(0, ·): there clamp_advantage is False.
@@ -301,7 +299,7 @@ class CIQL(nn.Module):
         self.device = find_device(config.device)
         self.policy = make_policy(observation_dim, action_dim, config)
         v = mlp(observation_dim, *config.hidden_sizes, 1)
-        self.value: nn.Module = nn.Sequential(v, nn.Flatten(0))  # V(s): (B, 1) -> (B,)
+        self.value = nn.Sequential(v, nn.Flatten(0))  # V(s): (B, 1) -> (B,)
         self.critic = self.make_critic()
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(self.device)
@@ -320,10 +318,8 @@ class CIQL(nn.Module):
     def make_optimizer(self, policy: nn.Module, *others: nn.Module) -> None:
         """Adam. The policy is a group of its own, as ``policy_lr_decay`` lowers its rate alone."""
         rest = [parameter for network in others for parameter in network.parameters()]
-        groups: list[dict[str, Any]] = [{"params": policy.parameters()}, {"params": rest}]
-        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-            groups, lr=self.config.lr, fused=True
-        )
+        groups = [{"params": list(policy.parameters())}, {"params": rest}]
+        self.optimizer = torch.optim.Adam(groups, lr=self.config.lr, fused=True)
 
     @torch.no_grad()
     def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
@@ -471,11 +467,14 @@ class CIQL(nn.Module):
         return self.policy
 
     def prepare(self, data: Transitions) -> Transitions:
-        """Normalise the observations, tell the policy how, and move the data to the device."""
+        """Normalise the observations, tell the policies how, and move the data to the device."""
         std, mean = torch.std_mean(data.observations, 0)
         std += 1e-3  # a constant column must not divide by 0
-        self.policy.observation_mean.copy_(mean)
-        self.policy.observation_std.copy_(std)
+        for name, buffer in self.named_buffers():  # of the policy, and of copies of it
+            if name.endswith("observation_mean"):
+                buffer.copy_(mean)
+            elif name.endswith("observation_std"):
+                buffer.copy_(std)
         normalised = data._replace(
             observations=(data.observations - mean) / std,
             next_observations=(data.next_observations - mean) / std,
@@ -484,9 +483,10 @@ class CIQL(nn.Module):
 
     def check_attributes(self) -> None:
         """Raise InputError for what would never be trained, or never saved."""
-        for name, part in vars(self).items():
-            if isinstance(part, (Tensor, np.ndarray, np.generic)):
-                raise InputError(f"{name} is an array, which is not saved; make it a nn.Buffer")
+        for module in self.modules():
+            for name, part in vars(module).items():
+                if isinstance(part, (Tensor, np.ndarray, np.generic)):
+                    raise InputError(f"{name} is an array, which is not saved; make it a nn.Buffer")
         trained = {
             parameter
             for part in vars(self).values()
@@ -517,10 +517,10 @@ class CIQL(nn.Module):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Go on from a ``training_state``. Raises InputError for that of other attributes."""
         own = self.training_state()
-        for kind, named in state.items():
-            if named.keys() != own[kind].keys():
-                names = ", ".join(named.keys() ^ own[kind].keys())
-                raise InputError(f"the run and the agent differ in {names}; resume it as it was")
+        for kind in ("networks", "parts"):
+            names = state[kind].keys() ^ own[kind].keys()
+            if names:
+                raise InputError(f"the run and the agent differ in {', '.join(names)}")
         vars(self).update(state["numbers"])
         self.load_state_dict(state["networks"])
         for name, part in state["parts"].items():
@@ -531,6 +531,7 @@ class CIQL(nn.Module):
 
         A copy takes two steps to try it, so the agent stays as it is.
         """
+        say("       compiling takes up to a minute the first time")
         names = ["losses"]
         how: dict[str, Any] = {"options": {"cpp_wrapper": True}}  # no Python between the kernels
         if not self.on_cpu:
@@ -624,6 +625,7 @@ def train(
     if run.env_id in ROBOTS:
         line += f", score {ROBOTS[run.env_id].score(final):.1f}"
     say(line)
+    plot_returns(run)  # a run that was complete may have another plot now
     if config.film:
         write_film(run.folder / "policy.gif", agent.evaluated_policy(), config)
     say(f"wrote  {run.plot} and {run.folder}")
@@ -673,11 +675,7 @@ def use_machine(config: Config, stack: contextlib.ExitStack) -> Config:
 def say_where(agent: CIQL) -> None:
     """Print what trains, and where."""
     c = agent.config
-    where = f"cpu, {c.threads} threads"
-    if not agent.on_cpu:
-        where = torch.cuda.get_device_name(agent.device)
-    compiling = "; compiling takes up to a minute the first time" if c.compile else ""
-    say(f"agent  {type(agent).__name__}, {where}{compiling}")
+    say(f"agent  {type(agent).__name__} on {agent.device}, threads: {c.threads}")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
     if agent.on_cpu and c.threads > 1 and load + c.threads > (os.cpu_count() or 1) + 0.5:
         say("NOTE   other programs keep cores busy, so --threads 1 may be faster")
@@ -699,20 +697,18 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last is SLURM's warning
-
-
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Context in which a signal that asks to stop joins the list, and does no more.
 
     So a step or an evaluation is finished first. Signals that are ignored stay so: nohup and shells
-    ignore some for what they start.
+    ignore some for what they start. SIGUSR1 is SLURM's warning; Windows has the first two alone.
     """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     caught: list[int] = []
     usual = {}
     for signum in signal.Signals:
-        if signum.name in STOP_SIGNALS and signal.getsignal(signum) != signal.SIG_IGN:
+        if signum.name in names and signal.getsignal(signum) != signal.SIG_IGN:
             usual[signum] = signal.signal(signum, lambda signum, frame: caught.append(signum))
     try:
         yield caught
@@ -899,7 +895,7 @@ def transitions_of(columns: Columns) -> Transitions:
         actions=torch.from_numpy(columns["actions"][is_start]),
         rewards=torch.from_numpy(columns["rewards"][is_start]),
         next_observations=torch.from_numpy(successors[is_start]),
-        terminations=torch.from_numpy(terminated[is_start]).float(),
+        terminations=torch.from_numpy(terminated[is_start]),
     )
 
 
@@ -930,7 +926,7 @@ def check_transitions(data: Transitions, env: Any, name: str) -> Transitions:
     actions = (data.actions - torch.from_numpy(middle)) / torch.from_numpy(half)
     if actions.abs().max() > 1 + 1e-5:
         raise InputError(f"{name}: actions reach outside the action box; rescale them")
-    return data._replace(actions=actions.float())
+    return data._replace(actions=actions.float(), terminations=(data.terminations != 0).float())
 
 
 def find_dataset(dataset: str) -> Path:
@@ -1057,8 +1053,8 @@ def open_environment(env_id: str, with_pictures: bool = False) -> Iterator[Any]:
             env.reset(seed=0)
         with contextlib.chdir("."), contextlib.closing(env):
             box = env.action_space
-            is_bounded = isinstance(box, gymnasium.spaces.Box) and box.is_bounded()
-            if not is_bounded or not env.spec.max_episode_steps:
+            is_box = isinstance(box, gymnasium.spaces.Box)
+            if not (is_box and box.is_bounded() and env.spec.max_episode_steps):
                 raise InputError(f"env_id is {env_id}, but CIQL needs bounded actions and a limit")
             yield env
     except (gymnasium.error.Error, ImportError) as error:
@@ -1092,16 +1088,18 @@ def play_episode(
         torch.default_generator.manual_seed(seed)
         middle, half = middle_and_half(env.action_space)
         observation, _ = env.reset(seed=seed)
+        is_over = False
         for t in itertools.count():
+            if not np.isfinite([*observation, total]).all():
+                raise RuntimeError(f"{env_id}, seed {seed}: step {t} gives {observation}, {total}")
+            if is_over:
+                break
             if frames is not None and t < 600 and t % 3 == 0:  # 20 of the 60 in a second
                 frames.append(env.render())
             action = middle + half * actor.act(observation)
             observation, reward, terminated, truncated, _ = env.step(action)
             total += float(reward)
-            if not np.isfinite([*observation, total]).all():
-                raise RuntimeError(f"{env_id}, seed {seed}: step {t} gives {observation}, {reward}")
-            if terminated or truncated:
-                break
+            is_over = terminated or truncated
     return total
 
 
@@ -1111,12 +1109,11 @@ def evaluate(policy: nn.Module, config: Config, step: int) -> Row:
     Each step has episodes of its own, which are the same in every run of a seed.
     """
     env_id = environment_id(config)
-    sequence = np.random.SeedSequence([config.seed, step])
-    seeds = sequence.generate_state(config.eval_episodes)
+    seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.eval_episodes)
     episodes = [play_episode(policy, env_id, seed) for seed in seeds.tolist()]
     mean = float(np.mean(episodes))
     std = float(np.std(episodes))
-    row: Row = {"step": step, "return_mean": mean, "return_std": std}
+    row = {"step": step, "return_mean": mean, "return_std": std}
     line = f"return {mean:.1f} ± {std:.1f} over {len(episodes)} episodes"
     if env_id in ROBOTS:
         row["score"] = ROBOTS[env_id].score(mean)
@@ -1133,7 +1130,7 @@ def write_film(path: Path, policy: nn.Module, config: Config) -> None:
 
     frames: list[np.ndarray] = []
     play_episode(policy, environment_id(config), config.seed, frames)
-    images = [Image.fromarray(frame).quantize(64) for frame in frames]
+    images = [Image.fromarray(frame) for frame in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
     say(f"film   {path}")
 
@@ -1207,6 +1204,7 @@ class Run:
         # Of each metric since the last line of losses: its sum, and how many steps reported it
         self.sums: dict[str, tuple[Any, int]] = {}
         self.facts = {
+            **agent.training_state()["numbers"],  # what its constructor was given, say
             **dataclasses.asdict(config),
             "agent": type(agent).__name__,
             "environment": self.env_id,
@@ -1232,10 +1230,14 @@ class Run:
         checkpoint = load_checkpoint(self.folder)
         saved = checkpoint["facts"] | vars(checkpoint["config"])
         for name, value in self.facts.items():
-            if saved[name] != value and name not in NEUTRAL_SETTINGS:
+            was = saved.get(name, value)
+            if was != value and name not in NEUTRAL_SETTINGS:
                 raise InputError(
-                    f"{self.folder} is of {name} {saved[name]}, not {value}; start another run"
+                    f"{self.folder} is of {name} {was}, not {value}; go on as it was made, or start"
+                    " another run"
                 )
+        if checkpoint["step"] > self.config.max_steps:
+            raise InputError(f"max_steps is below the run's {checkpoint['step']:,}; raise it")
         if self.config.policy_lr_decay and saved["max_steps"] != self.config.max_steps:
             say("NOTE   the policy's learning rate goes on by the cosine over the new max_steps")
         self.rows = checkpoint["rows"]
@@ -1367,8 +1369,7 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     Raises InputError if it cannot be read.
     """
     try:
-        path = Path(folder, "checkpoint.pt")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
         facts = json.loads(Path(folder, "config.json").read_text())
     except Exception as error:  # torch raises anything for a file that is damaged
         raise InputError(f"{folder} holds no run that can be read ({error})") from error
@@ -1440,7 +1441,7 @@ def plot_returns(run: Run) -> None:
         axes.axhline(value, color=f"C{index}", linestyle="--", label=f"{name}, {value:.0f}")
     axes.set_ylim(limits)
     axes.set(title=title, xlabel="gradient steps", ylabel="return of an episode", xlim=(0, None))
-    axes.grid(alpha=0.3)
+    axes.grid()
     figure.legend(loc="outside lower center", ncols=3)
     content = io.BytesIO()
     figure.savefig(content, format=run.plot.suffix[1:])
@@ -1465,6 +1466,7 @@ SMALLEST = {
     "log_interval": 1,
     "eval_interval": 1,
     "eval_episodes": 1,
+    "threads": 0,
 }
 LARGEST = {"seed": 2**32 - 1, "gamma": 1, "tau": 0.999, "polyak": 1}
 

@@ -20,10 +20,9 @@ class AveragedPolicy(ciql.CIQL):
     It begins with the weights before training, so it needs some thousand steps.
     """
 
-    def prepare(self, data: Transitions) -> Transitions:
-        prepared = super().prepare(data)
+    def __init__(self, observation_dim: int, action_dim: int, config: ciql.Config) -> None:
+        super().__init__(observation_dim, action_dim, config)
         self.average = copy.deepcopy(self.policy).requires_grad_(False)
-        return prepared
 
     def update(self, data: Transitions) -> Metrics:
         metrics = super().update(data)
