@@ -697,6 +697,9 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Context in which a signal that asks to stop joins the list, and does no more.
@@ -704,11 +707,10 @@ def stop_signals() -> Iterator[list[int]]:
     So a step or an evaluation is finished first. Signals that are ignored stay so: nohup and shells
     ignore some for what they start. SIGUSR1 is SLURM's warning; Windows has the first two alone.
     """
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     caught: list[int] = []
     usual = {}
     for signum in signal.Signals:
-        if signum.name in names and signal.getsignal(signum) != signal.SIG_IGN:
+        if signum.name in STOP_SIGNALS and signal.getsignal(signum) != signal.SIG_IGN:
             usual[signum] = signal.signal(signum, lambda signum, frame: caught.append(signum))
     try:
         yield caught

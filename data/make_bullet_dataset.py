@@ -54,7 +54,9 @@ class Recipe:
     window: int | None = None  # ... on average of this many episodes; none: the robot's own
     max_steps: int = 1_000_000  # give up learning after this many environment steps
     rows: int = 200_000  # rows of a random or medium file
-    mixed_rows: int | None = None  # a mixed file keeps episodes, evenly, of about so many; none: all
+    mixed_rows: int | None = (
+        None  # a mixed file keeps episodes, evenly, of about so many; none: all
+    )
     seed: int = 0  # of the networks, the environment and the sampling
 
 
@@ -190,8 +192,7 @@ def main(recipe: Recipe) -> None:
     names = ("pybullet", "pybullet_envs_gymnasium", "stable_baselines3", "torch")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     source = (
-        f"re-collected after d4rl-pybullet's recipe in {env_id}, seed {recipe.seed},"
-        f" {versions}"
+        f"re-collected after d4rl-pybullet's recipe in {env_id}, seed {recipe.seed}, {versions}"
     )
     if "random" in paths:
         played = play(sac, env_id, recipe.rows, deterministic=False, seed=recipe.seed + 10_000)

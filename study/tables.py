@@ -139,7 +139,8 @@ def summarize(folders: Sequence[Path], baseline: str = "") -> None:
         )
     versions = complete["version"].unique()
     if len(versions) > 1:
-        print(f"NOTE   these runs are of {len(versions)} versions of the script: {versions}")
+        listed = ", ".join(versions)
+        print(f"NOTE   these runs are of {len(versions)} versions of the script: {listed}")
     for run in summary[summary["state"] == "failed"].itertuples():
         print(f"FAILED {run.dataset}, {run.method}, seed {run.seed}: {run.error}")
 

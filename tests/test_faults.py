@@ -90,7 +90,8 @@ def blind(result):
 
 # One reset at the start; an episode has two, and ten steps.
 @pytest.mark.parametrize(
-    ("times", "method", "deed"), [(23, "step", leave), (6, "reset", leave), (23, "step", blind)]
+    ("times", "method", "deed"),
+    [(23, "step", leave), (6, "reset", leave), (23, "step", blind), (6, "reset", blind)],
 )
 @pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")
 def test_environment_that_fails_later(lab, monkeypatch, command, times, method, deed):

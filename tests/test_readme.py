@@ -112,7 +112,7 @@ def patched(diff):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "name"), [(0, "term"), (1, "policy"), (2, "setting")])
+@pytest.mark.parametrize(("number", "name"), [(0, "term"), (1, "setting")])
 def test_example_of_how_to_change_it(workplace, monkeypatch, succeeds, fails, number, name):
     """A loss term with a column, another policy, a setting of one's own: in a copy."""
     Path("copy.py").write_text(patched(re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number]))
@@ -129,10 +129,6 @@ def test_example_of_how_to_change_it(workplace, monkeypatch, succeeds, fails, nu
     columns = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
     assert ("effort" in columns) == (name == "term")
     assert ("reward_scale0.5" in folder.name) == (name == "setting")
-    if name == "policy":
-        policy = ciql.load_policy(folder, copy.make_policy)
-        assert type(policy).__name__ == "LaplacePolicy"
-        assert np.abs(policy.act(np.zeros(15))).max() <= 1
 
 
 def test_settings_table():

@@ -1,8 +1,10 @@
 """Whole runs: what they print and write, the picture, calls from Python, folders, resuming."""
 
 import collections
+import copy
 import csv
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -233,7 +235,7 @@ def test_the_same_command_again(lab, succeeds, fails):
     assert "from step 40\n" in succeeds(*again)  # nothing is left to do
     assert_same_run(whole, folder)
     for changed, cause in (
-        (["--tau", "0.9"], "tau 0.8, not 0.9; start another run"),
+        (["--tau", "0.9"], "tau 0.8, not 0.9; go on as it was made"),
         (["--hidden-sizes", "9"], "hidden_sizes (8,), not (9,)"),
         (["--seed", "3"], "seed 0, not 3"),
     ):
@@ -283,6 +285,38 @@ def test_setting_that_is_newer_than_the_run(lab):
     path.write_text(json.dumps(facts))
     with refused("is of tau 0.8, not 0.9"):
         ciql.train(lab_config(name="run", tau=0.9, max_steps=50))
+
+
+class Averaged(ciql.CIQL):
+    """Its evaluated policy is a copy, and a number of it is none at first."""
+
+    def __init__(self, *arguments, rate=0.1):
+        super().__init__(*arguments)
+        self.average = copy.deepcopy(self.policy).requires_grad_(False)
+        self.rate = rate
+        self.last_q = None
+
+    def update(self, data):
+        metrics = super().update(data)
+        self.last_q = float(metrics["q"])
+        ciql.move_towards(self.average, self.policy, self.rate)
+        return metrics
+
+    def evaluated_policy(self):
+        return self.average
+
+
+def test_copy_of_the_policy_and_numbers(lab):
+    """Copies normalise as the policy does; what the constructor was given has to stay."""
+    folder, _ = ciql.train(lab_config(name="run"), make_agent=Averaged)
+    policy = ciql.load_policy(folder)
+    assert policy.observation_std.min() < 1 and policy.observation_mean.abs().max() > 0
+    ciql.train(lab_config(name="run", max_steps=45), make_agent=Averaged)
+    with refused("is of rate 0.1, not 0.2"):
+        other = functools.partial(Averaged, rate=0.2)
+        ciql.train(lab_config(name="run", max_steps=50), make_agent=other)
+    with refused("max_steps is below the run's 45"):
+        ciql.train(lab_config(name="run"), make_agent=Averaged)
 
 
 def test_clock_that_is_set_back(lab, monkeypatch):
