@@ -86,7 +86,7 @@ def test_what_a_run_leaves(workplace, succeeds):
 def test_recording_a_file(capsys):
     """The example's file is read as it was played, and a fall of Hopper is where it is shown."""
     seeded = "env.action_space.seed(0)\nenv.reset()"
-    exec(python_of(REFERENCE, "my.hdf5").replace("env.reset()", seeded, 1), {})
+    exec(python_of(REFERENCE, "import gymnasium, h5py").replace("env.reset()", seeded, 1), {})
     dataset = ciql.read_dataset("my.hdf5")
     assert dataset.layout == "D4RL's layout" and len(dataset.returns) == 10
     falls = dataset.transitions.terminations.nonzero().flatten()
@@ -114,7 +114,7 @@ def patched(diff):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), [(0, "term"), (1, "setting")])
 def test_example_of_how_to_change_it(workplace, monkeypatch, succeeds, fails, number, name):
-    """A loss term with a column, another policy, a setting of one's own: in a copy."""
+    """A loss term with a column, a setting of one's own: in a copy."""
     Path("copy.py").write_text(patched(re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number]))
     spec = importlib.util.spec_from_file_location("changed", "copy.py")
     copy = importlib.util.module_from_spec(spec)
@@ -128,7 +128,7 @@ def test_example_of_how_to_change_it(workplace, monkeypatch, succeeds, fails, nu
     assert re.findall(r"return .*", again) == re.findall(r"return .* episodes .*", trained)
     columns = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
     assert ("effort" in columns) == (name == "term")
-    assert ("reward_scale0.5" in folder.name) == (name == "setting")
+    assert ("reward_scale=0.5" in folder.name) == (name == "setting")
 
 
 def test_settings_table():
