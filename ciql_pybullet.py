@@ -597,8 +597,9 @@ def train(
         say(f"run    {run.folder}, from step {agent.steps:,}")
 
         stop = stack.enter_context(stop_signals())
-        bar = tqdm(desc="train", total=config.max_steps, initial=agent.steps, disable=None)
-        stack.enter_context(bar)
+        bar = stack.enter_context(
+            tqdm(desc="train", total=config.max_steps, initial=agent.steps, disable=None)
+        )
         run.restart_clock()
         while agent.steps < config.max_steps and not stop:
             run.add(agent.update(prepared))
@@ -1084,7 +1085,7 @@ def play_episode(
     actor: Any = copy.deepcopy(policy).cpu().eval()
     total = 0.0
     with (
-        open_environment(env_id, with_pictures=frames is not None) as env,
+        open_environment(env_id, frames is not None) as env,
         torch.random.fork_rng([]),  # a policy that samples takes no number from training
     ):
         torch.default_generator.manual_seed(seed)
@@ -1276,11 +1277,11 @@ class Run:
                 config=self.facts,
                 sync_tensorboard=True,
             )
+            stack.callback(wandb.tensorboard.unpatch)  # type: ignore[attr-defined]
             stack.push(lambda failure, *_: wandb.finish(exit_code=1 if failure else 0))
         for events in self.folder.glob("events.out.tfevents.*"):
             events.unlink()
-        self.board = SummaryWriter(self.folder)
-        stack.callback(self.board.close)
+        self.board = stack.enter_context(SummaryWriter(self.folder))
         for row in self.rows:
             self.log_event(row)
         self.write_table()
