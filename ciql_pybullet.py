@@ -504,7 +504,7 @@ class CIQL(nn.Module):
 
     def training_state(self) -> dict[str, Any]:
         """What the next step depends on, besides the data and the random state."""
-        self.check_attributes()  # some may have been added since ``train`` checked
+        self.check_attributes()  # a run asks before training, and at each save
         numbers = {}
         parts = {}
         for name, part in vars(self).items():
@@ -588,7 +588,6 @@ def train(
         observations, actions, *_ = dataset.transitions
         agent = make_agent(observations.shape[1], actions.shape[1], config)
         prepared = agent.prepare(dataset.transitions)
-        agent.check_attributes()
         run = Run(config, agent, dataset)
         run.open(stack)  # what a stopped run left there is restored
         say_where(agent)

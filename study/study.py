@@ -207,6 +207,9 @@ def saved_run(folder: Path) -> tuple[dict[str, Any], bool]:
     return checkpoint, checkpoint["step"] == last == checkpoint["config"].max_steps
 
 
+JUDGED = {"max_steps", "eval_interval", "eval_episodes"}  # neutral settings that make final returns
+
+
 def facts_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What the runs of a method on a data set have in common, besides the seed."""
     return {
@@ -214,9 +217,6 @@ def facts_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
         for name, value in vars(checkpoint["config"]).items()
         if name in JUDGED or name not in ciql.NEUTRAL_SETTINGS | {"seed"}
     } | {"data of checksum": checkpoint["facts"]["data_checksum"]}
-
-
-JUDGED = {"max_steps", "eval_interval", "eval_episodes"}  # neutral settings that make final returns
 
 
 def runs_to_train(runs: dict[str, Run], rows: dict[str, Row], folder: Path) -> list[Run]:
