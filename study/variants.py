@@ -42,6 +42,36 @@ class NearActions(ciql.CIQL):
         return (self.policy(batch.observations)[:, None] + noise).clamp(-1, 1)
 
 
+class ActorCritic(ciql.CIQL):
+    """Q bootstraps from the policy, y = r + γ Q̄(s', μ(s')), and its critic has LayerNorm.
+
+    So V serves the advantage alone. TD3+BC (Fujimoto and Gu, 2021, arXiv 2106.06860) has these
+    targets, ReBRAC (Tarasov et al., 2023, arXiv 2305.09836) this critic.
+    """
+
+    def make_critic(self) -> nn.Module:
+        critic: Any = super().make_critic()
+        for number, q in enumerate(critic.q):
+            layers: list[Any] = []
+            for layer in q:
+                if isinstance(layer, nn.ReLU):
+                    layers.append(nn.LayerNorm(layers[-1].out_features))
+                layers.append(layer)
+            critic.q[number] = nn.Sequential(*layers)
+        return critic
+
+    @torch.no_grad()
+    def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
+        q_bar, _ = super().targets(batch)
+        s_next = batch.next_observations
+        v_next = self.target_critic(s_next, self.policy(s_next)).amin(0)
+        return q_bar, batch.rewards + self.config.gamma * (1 - batch.terminations) * v_next
+
+
+class ActorCriticNear(NearActions, ActorCritic):
+    """Q bootstraps from the policy, and the penalty holds it down near the policy's actions."""
+
+
 class Method(NamedTuple):
     """What a name stands for."""
 
@@ -58,6 +88,7 @@ IQL = {
 }
 # IQL's values, and a policy that climbs them
 DDPG_BC = {"alpha": 0.0, "tau": 0.7, "policy_lr_decay": True, "q_weight": 1.0}
+ACTOR_CRITIC = DDPG_BC | {"q_weight": 0.5}
 METHODS = {
     "CIQL": Method(ciql.CIQL, {}),
     "IQL": Method(ciql.CIQL, IQL),
@@ -65,5 +96,7 @@ METHODS = {
     "DDPG+BC": Method(ciql.CIQL, DDPG_BC),
     "DDPG+BC+CQL": Method(ciql.CIQL, DDPG_BC | {"alpha": 1.0}),
     "DDPG+BC+near": Method(NearActions, DDPG_BC | {"alpha": 1.0}),
+    "ActorCritic": Method(ActorCritic, ACTOR_CRITIC),
+    "ActorCritic+near": Method(ActorCriticNear, ACTOR_CRITIC | {"alpha": 1.0, "num_neg": 2}),
     "AveragedPolicy": Method(AveragedPolicy, {}),
 }

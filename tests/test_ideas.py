@@ -159,7 +159,8 @@ def model_of_the_readme():
 
 
 OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
-IDEAS = [*OWN, model_of_the_readme(), variants.AveragedPolicy, variants.NearActions]
+AGENTS = [variants.AveragedPolicy, variants.NearActions, variants.ActorCriticNear]
+IDEAS = [*OWN, model_of_the_readme(), *AGENTS]
 EAGER = {RunningScale}  # a graph would hold the number of one step
 
 
@@ -236,3 +237,23 @@ def test_tensor_that_a_resume_would_forget(lab):
     with refused("mean is an array, which is not saved; make it a nn.Buffer"):
         ciql_pybullet.train(lab_config(), make_agent=TensorInPrepare)
     assert not (lab / "runs").exists()
+
+
+def test_actor_critic_bootstraps_from_the_policy():
+    """And Q has LayerNorm before every ReLU, whose own scale and shift are 1 and 0 at first."""
+    agent, data = make(variants.ActorCriticNear)
+    agent.double()
+    batch = Transitions(*(column[:7].double() for column in data))
+    s_next = batch.next_observations
+    inputs = torch.cat([s_next, agent.policy(s_next)], 1)
+    q = []
+    for network in agent.target_critic.q:
+        *hidden, last = [layer for layer in network if isinstance(layer, nn.Linear)]
+        x = inputs
+        for layer in hidden:
+            x = x @ layer.weight.T + layer.bias
+            x = x - x.mean(1, keepdim=True)
+            x = (x / ((x**2).mean(1, keepdim=True) + 1e-5).sqrt()).clamp(min=0)
+        q.append((x @ last.weight.T + last.bias)[:, 0])
+    y = batch.rewards + CONFIG.gamma * (1 - batch.terminations) * q[0].minimum(q[1])
+    torch.testing.assert_close(agent.targets(batch)[1], y)
