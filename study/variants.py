@@ -45,9 +45,12 @@ class NearActions(ciql.CIQL):
 class ActorCritic(ciql.CIQL):
     """Q bootstraps from the policy, y = r + γ Q̄(s', μ(s')), and its critic has LayerNorm.
 
-    So V serves the advantage alone. TD3+BC (Fujimoto and Gu, 2021, arXiv 2106.06860) has these
-    targets, ReBRAC (Tarasov et al., 2023, arXiv 2305.09836) this critic.
+    With a ``policy_share`` below 1 the rest of that Q̄ is V(s'). These are the targets of TD3+BC
+    (Fujimoto and Gu, 2021, arXiv 2106.06860), and the critic of ReBRAC (Tarasov et al., 2023, arXiv
+    2305.09836).
     """
+
+    policy_share = 1.0
 
     def make_critic(self) -> nn.Module:
         critic: Any = super().make_critic()
@@ -64,8 +67,15 @@ class ActorCritic(ciql.CIQL):
     def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         q_bar, _ = super().targets(batch)
         s_next = batch.next_observations
-        v_next = self.target_critic(s_next, self.policy(s_next)).amin(0)
+        q_next = self.target_critic(s_next, self.policy(s_next)).amin(0)
+        v_next = torch.lerp(self.value(s_next), q_next, self.policy_share)
         return q_bar, batch.rewards + self.config.gamma * (1 - batch.terminations) * v_next
+
+
+class ActorCriticHalf(ActorCritic):
+    """Q bootstraps from the mean of V(s') and Q̄(s', μ(s'))."""
+
+    policy_share = 0.5
 
 
 class ActorCriticNear(NearActions, ActorCritic):
@@ -97,6 +107,7 @@ METHODS = {
     "DDPG+BC+CQL": Method(ciql.CIQL, DDPG_BC | {"alpha": 1.0}),
     "DDPG+BC+near": Method(NearActions, DDPG_BC | {"alpha": 1.0}),
     "ActorCritic": Method(ActorCritic, ACTOR_CRITIC),
+    "ActorCritic+half": Method(ActorCriticHalf, ACTOR_CRITIC),
     "ActorCritic+near": Method(ActorCriticNear, ACTOR_CRITIC | {"alpha": 1.0, "num_neg": 2}),
     "AveragedPolicy": Method(AveragedPolicy, {}),
 }

@@ -159,7 +159,12 @@ def model_of_the_readme():
 
 
 OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
-AGENTS = [variants.AveragedPolicy, variants.NearActions, variants.ActorCriticNear]
+AGENTS = [
+    variants.AveragedPolicy,
+    variants.NearActions,
+    variants.ActorCriticNear,
+    variants.ActorCriticHalf,
+]
 IDEAS = [*OWN, model_of_the_readme(), *AGENTS]
 EAGER = {RunningScale}  # a graph would hold the number of one step
 
@@ -239,9 +244,12 @@ def test_tensor_that_a_resume_would_forget(lab):
     assert not (lab / "runs").exists()
 
 
-def test_actor_critic_bootstraps_from_the_policy():
+@pytest.mark.parametrize(
+    ("idea", "share"), [(variants.ActorCriticNear, 1), (variants.ActorCriticHalf, 0.5)]
+)
+def test_actor_critic_bootstraps_from_the_policy(idea, share):
     """And Q has LayerNorm before every ReLU, whose own scale and shift are 1 and 0 at first."""
-    agent, data = make(variants.ActorCriticNear)
+    agent, data = make(idea)
     agent.double()
     batch = Transitions(*(column[:7].double() for column in data))
     s_next = batch.next_observations
@@ -255,5 +263,6 @@ def test_actor_critic_bootstraps_from_the_policy():
             x = x - x.mean(1, keepdim=True)
             x = (x / ((x**2).mean(1, keepdim=True) + 1e-5).sqrt()).clamp(min=0)
         q.append((x @ last.weight.T + last.bias)[:, 0])
-    y = batch.rewards + CONFIG.gamma * (1 - batch.terminations) * q[0].minimum(q[1])
+    v_next = share * q[0].minimum(q[1]) + (1 - share) * agent.value(s_next)
+    y = batch.rewards + CONFIG.gamma * (1 - batch.terminations) * v_next
     torch.testing.assert_close(agent.targets(batch)[1], y)
