@@ -37,7 +37,8 @@ off-data actions ā are drawn uniformly from the action box, num_neg per state.
 The losses and both E are means over a batch, and ReLU stands outside of E. So the penalty of a Q
 either acts on the whole batch, or its clamp is closed and it is 0. The losses of Q1 and Q2 are
 added. After a true termination y is r alone. exp(β · adv) is capped at max_weight. IQL has no
-max(0, ·) in adv (--no-clamp-advantage). With q_weight another loss trains π: ``climbing_loss``.
+max(0, ·) in adv (--no-clamp-advantage). With q_weight another loss trains π: ``climbing_loss``. A
+policy_share of V(s') in y is Q̄(s', μ(s')) instead, where μ(s) is the mean of π.
 
     python ciql_pybullet.py                       train with the settings below
     python ciql_pybullet.py --alpha 0             any setting is also a flag
@@ -108,6 +109,8 @@ class Config:
     clamp_advantage: bool = True  # max(0, A) in the policy weights; IQL does not clamp
     max_weight: float = 100.0  # cap of the policy weights exp(beta * A)
     q_weight: float = 0.0  # weight of Q if the policy shall climb it, about 1; 0 for AWR, with beta
+    policy_share: float = 0.0  # of the bootstrap that is Q of the policy's action; the rest is V
+    layer_norm: bool = False  # LayerNorm before each ReLU of the critic
     hidden_sizes: tuple[int, ...] = (256, 256)  # ReLU layers of every network
     min_log_std: float = -5.0  # floor of the policy's log standard deviation
     # Schedule
@@ -137,24 +140,30 @@ class InputError(ValueError):
 
 
 # ----------------------------------------------------------------------------------------- networks
-def mlp(*sizes: int) -> nn.Sequential:
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
     """Linear layers of these sizes with ReLU between: (B, sizes[0]) -> (B, sizes[-1])."""
+    *hidden_sizes, size_out = sizes
     layers: list[nn.Module] = []
-    for size_in, size_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(size_in, size_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    for size_in, size in itertools.pairwise(hidden_sizes):
+        layers.append(nn.Linear(size_in, size))
+        if layer_norm:
+            layers.append(nn.LayerNorm(size))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers, nn.Linear(hidden_sizes[-1], size_out))
 
 
 class QNetworks(nn.Module):
-    """Q1(s, a), Q2(s, a), ...: (B, observation_dim), (B, action_dim) -> (num_q, B)."""
+    """Q1(s, a), Q2(s, a), ...: (B, observation_dim), (B, action_dim) -> (num_q, B).
+
+    LayerNorm keeps them from growing where there are no data (Ball et al., 2023, arXiv 2302.02948).
+    """
 
     def __init__(
-        self, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int], num_q: int = 2
+        self, observation_dim: int, action_dim: int, config: Config, num_q: int = 2
     ) -> None:
         super().__init__()
-        self.q = nn.ModuleList(
-            mlp(observation_dim + action_dim, *hidden_sizes, 1) for _ in range(num_q)
-        )
+        sizes = (observation_dim + action_dim, *config.hidden_sizes, 1)
+        self.q = nn.ModuleList(mlp(*sizes, layer_norm=config.layer_norm) for _ in range(num_q))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         inputs = torch.cat([observations, actions], -1)
@@ -313,7 +322,7 @@ class CIQL(nn.Module):
 
     def make_critic(self) -> nn.Module:
         """The critic; its target is a copy. It may hold any number of Q."""
-        return QNetworks(self.observation_dim, self.action_dim, self.config.hidden_sizes)
+        return QNetworks(self.observation_dim, self.action_dim, self.config)
 
     def make_optimizer(self, policy: nn.Module, *others: nn.Module) -> None:
         """Adam. The policy is a group of its own, as ``policy_lr_decay`` lowers its rate alone."""
@@ -323,10 +332,19 @@ class CIQL(nn.Module):
 
     @torch.no_grad()
     def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
-        """Q̄(s,a), the target of V, and y = r + γ V(s'), the target of Q: (B,) each."""
+        """Q̄(s,a), the target of V, and y = r + γ V(s'), the target of Q: (B,) each.
+
+        A ``policy_share`` of V(s') is Q̄(s', μ(s')) instead, as in TD3+BC (Fujimoto and Gu, 2021,
+        arXiv 2106.06860).
+        """
+        c = self.config
         q_bar = self.target_critic(batch.observations, batch.actions).amin(0)
-        v_next = self.value(batch.next_observations)
-        y = batch.rewards + self.config.gamma * (1 - batch.terminations) * v_next
+        s_next = batch.next_observations
+        v_next = self.value(s_next)
+        if c.policy_share > 0:
+            q_next = self.target_critic(s_next, self.policy(s_next)).amin(0)
+            v_next = torch.lerp(v_next, q_next, c.policy_share)
+        y = batch.rewards + c.gamma * (1 - batch.terminations) * v_next
         return q_bar, y
 
     def policy_loss(self, batch: Transitions, advantage: Tensor) -> Tensor:
@@ -590,7 +608,7 @@ def train(
         prepared = agent.prepare(dataset.transitions)
         run = Run(config, agent, dataset)
         run.open(stack)  # what a stopped run left there is restored
-        say_where(agent)
+        say(f"agent  {type(agent).__name__} on {agent.device}, threads: {config.threads}")
         if config.compile:
             agent.accelerate(prepared)
         say(f"run    {run.folder}, from step {agent.steps:,}")
@@ -670,15 +688,6 @@ def use_machine(config: Config, stack: contextlib.ExitStack) -> Config:
     config = dataclasses.replace(config, threads=config.threads or min(4, threads))
     torch.set_num_threads(config.threads)
     return config
-
-
-def say_where(agent: CIQL) -> None:
-    """Print what trains, and where."""
-    c = agent.config
-    say(f"agent  {type(agent).__name__} on {agent.device}, threads: {c.threads}")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-    if agent.on_cpu and c.threads > 1 and load + c.threads > (os.cpu_count() or 1) + 0.5:
-        say("NOTE   other programs keep cores busy, so --threads 1 may be faster")
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
@@ -1462,6 +1471,7 @@ SMALLEST = {
     "polyak": 1e-6,
     "max_weight": 1,
     "q_weight": 0,
+    "policy_share": 0,
     "lr": 1e-12,
     "batch_size": 1,
     "max_steps": 1,
@@ -1470,7 +1480,7 @@ SMALLEST = {
     "eval_episodes": 1,
     "threads": 0,
 }
-LARGEST = {"seed": 2**32 - 1, "gamma": 1, "tau": 0.999, "polyak": 1}
+LARGEST = {"seed": 2**32 - 1, "gamma": 1, "tau": 0.999, "polyak": 1, "policy_share": 1}
 
 
 def check(config: Config) -> None:

@@ -42,46 +42,6 @@ class NearActions(ciql.CIQL):
         return (self.policy(batch.observations)[:, None] + noise).clamp(-1, 1)
 
 
-class ActorCritic(ciql.CIQL):
-    """Q bootstraps from the policy, y = r + γ Q̄(s', μ(s')), and its critic has LayerNorm.
-
-    With a ``policy_share`` below 1 the rest of that Q̄ is V(s'). These are the targets of TD3+BC
-    (Fujimoto and Gu, 2021, arXiv 2106.06860), and the critic of ReBRAC (Tarasov et al., 2023, arXiv
-    2305.09836).
-    """
-
-    policy_share = 1.0
-
-    def make_critic(self) -> nn.Module:
-        critic: Any = super().make_critic()
-        for number, q in enumerate(critic.q):
-            layers: list[Any] = []
-            for layer in q:
-                if isinstance(layer, nn.ReLU):
-                    layers.append(nn.LayerNorm(layers[-1].out_features))
-                layers.append(layer)
-            critic.q[number] = nn.Sequential(*layers)
-        return critic
-
-    @torch.no_grad()
-    def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
-        q_bar, _ = super().targets(batch)
-        s_next = batch.next_observations
-        q_next = self.target_critic(s_next, self.policy(s_next)).amin(0)
-        v_next = torch.lerp(self.value(s_next), q_next, self.policy_share)
-        return q_bar, batch.rewards + self.config.gamma * (1 - batch.terminations) * v_next
-
-
-class ActorCriticHalf(ActorCritic):
-    """Q bootstraps from the mean of V(s') and Q̄(s', μ(s'))."""
-
-    policy_share = 0.5
-
-
-class ActorCriticNear(NearActions, ActorCritic):
-    """Q bootstraps from the policy, and the penalty holds it down near the policy's actions."""
-
-
 class Method(NamedTuple):
     """What a name stands for."""
 
@@ -98,16 +58,21 @@ IQL = {
 }
 # IQL's values, and a policy that climbs them
 DDPG_BC = {"alpha": 0.0, "tau": 0.7, "policy_lr_decay": True, "q_weight": 1.0}
-ACTOR_CRITIC = DDPG_BC | {"q_weight": 0.5}
+# Q bootstraps from the mean of V(s') and the Q of the policy's action
+MIXED_TARGETS = DDPG_BC | {"q_weight": 0.5, "policy_share": 0.5, "layer_norm": True}
+POLICY_TARGETS = MIXED_TARGETS | {"policy_share": 1.0}  # from that Q alone, as in TD3+BC
+NEAR = {"alpha": 1.0, "num_neg": 2}  # for NearActions
 METHODS = {
     "CIQL": Method(ciql.CIQL, {}),
     "IQL": Method(ciql.CIQL, IQL),
     "cloning": Method(ciql.CIQL, {"alpha": 0.0, "beta": 0.0}),
     "DDPG+BC": Method(ciql.CIQL, DDPG_BC),
     "DDPG+BC+CQL": Method(ciql.CIQL, DDPG_BC | {"alpha": 1.0}),
-    "DDPG+BC+near": Method(NearActions, DDPG_BC | {"alpha": 1.0}),
-    "ActorCritic": Method(ActorCritic, ACTOR_CRITIC),
-    "ActorCritic+half": Method(ActorCriticHalf, ACTOR_CRITIC),
-    "ActorCritic+near": Method(ActorCriticNear, ACTOR_CRITIC | {"alpha": 1.0, "num_neg": 2}),
+    "DDPG+BC+near": Method(NearActions, DDPG_BC | NEAR),
+    "MixedTargets": Method(ciql.CIQL, MIXED_TARGETS),
+    "MixedTargets+CQL": Method(ciql.CIQL, MIXED_TARGETS | {"alpha": 1.0}),
+    "MixedTargets+near": Method(NearActions, MIXED_TARGETS | NEAR),
+    "PolicyTargets": Method(ciql.CIQL, POLICY_TARGETS),
+    "PolicyTargets+near": Method(NearActions, POLICY_TARGETS | NEAR),
     "AveragedPolicy": Method(AveragedPolicy, {}),
 }

@@ -248,7 +248,7 @@ def lab_config(**settings):
 def lab(tmp_path, monkeypatch):
     """The folder of the Lab's module and data, found by this process and its children.
 
-    Runs of this process draw no pictures, which would take half of their time, and see no load.
+    Runs of this process draw no pictures, which would take half of their time.
     """
     (tmp_path / "lab.py").write_text(LAB)
     lab_file(tmp_path / "data.hdf5")
@@ -256,5 +256,4 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     monkeypatch.setattr(ciql_pybullet, "plot_returns", lambda run: None)
-    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return tmp_path
