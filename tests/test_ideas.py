@@ -159,8 +159,7 @@ def model_of_the_readme():
 
 
 OWN = [idea for idea in list(vars().values()) if type(idea) is type and CIQL in idea.__bases__]
-AGENTS = [variants.AveragedPolicy, variants.NearActions]
-IDEAS = [*OWN, model_of_the_readme(), *AGENTS]
+IDEAS = [*OWN, model_of_the_readme(), variants.AveragedPolicy, variants.NearActions]
 EAGER = {RunningScale}  # a graph would hold the number of one step
 
 
