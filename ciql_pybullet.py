@@ -70,7 +70,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import urllib.request
 import zlib
@@ -108,8 +107,8 @@ class Config:
     polyak: float = 0.005  # share of the critic that moves into its target each step
     clamp_advantage: bool = True  # max(0, A) in the policy weights; IQL does not clamp
     max_weight: float = 100.0  # cap of the policy weights exp(beta * A)
-    q_weight: float = 0.0  # weight of Q if the policy shall climb it, about 1; 0 for AWR, with beta
-    policy_share: float = 0.0  # of the bootstrap that is Q of the policy's action; the rest is V
+    q_weight: float = 0.0  # of Q in the policy's loss, 0.5 to 1; 0: AWR, by the settings above
+    policy_share: float = 0.0  # how much of V(s') in y is Q of the policy's action instead
     layer_norm: bool = False  # LayerNorm before each ReLU of the critic
     hidden_sizes: tuple[int, ...] = (256, 256)  # ReLU layers of every network
     min_log_std: float = -5.0  # floor of the policy's log standard deviation
@@ -142,20 +141,20 @@ class InputError(ValueError):
 # ----------------------------------------------------------------------------------------- networks
 def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
     """Linear layers of these sizes with ReLU between: (B, sizes[0]) -> (B, sizes[-1])."""
-    *hidden_sizes, size_out = sizes
+    *inner_sizes, size_out = sizes
     layers: list[nn.Module] = []
-    for size_in, size in itertools.pairwise(hidden_sizes):
+    for size_in, size in itertools.pairwise(inner_sizes):
         layers.append(nn.Linear(size_in, size))
         if layer_norm:
             layers.append(nn.LayerNorm(size))
         layers.append(nn.ReLU())
-    return nn.Sequential(*layers, nn.Linear(hidden_sizes[-1], size_out))
+    return nn.Sequential(*layers, nn.Linear(inner_sizes[-1], size_out))
 
 
 class QNetworks(nn.Module):
     """Q1(s, a), Q2(s, a), ...: (B, observation_dim), (B, action_dim) -> (num_q, B).
 
-    LayerNorm keeps them from growing where there are no data (Ball et al., 2023, arXiv 2302.02948).
+    LayerNorm bounds how they extrapolate (Ball et al., 2023, arXiv 2302.02948).
     """
 
     def __init__(
@@ -254,11 +253,11 @@ def awr_weights(advantage: Tensor, beta: float, max_weight: float, clamp_advanta
 def climbing_loss(squared_errors: Tensor, gains: Tensor, q_weight: float) -> Tensor:
     """log E (μ(s) − a)² − w · E ΔQ / rms ΔQ: (B, action_dim), (B,) -> ().
 
-    ``gains`` are ΔQ = Q̄(s, μ(s)) − Q̄(s, a); rms ΔQ carries no gradient. This is DDPG+BC (Park et
-    al., 2024, arXiv 2406.09329) in which neither term has a unit. log E (μ(s) − a)² is the cloning
-    loss of a Gaussian whose σ, one for all dimensions, fits best. rms ΔQ grows with the distance of
-    μ(s) from a. So with w = 1 the policy moves away from the data by about as much as their actions
-    scatter, whatever the rewards and the robot. From w = 2 on cloning cannot hold it.
+    ``gains`` are ΔQ = Q̄(s, μ(s)) − Q̄(s, a); rms ΔQ carries no gradient. This has the two terms of
+    DDPG+BC (Park et al., 2024, arXiv 2406.09329), without their units: log E (μ(s) − a)² is, but
+    for a factor, the cloning loss of a Gaussian whose σ fits best, and rms ΔQ grows with the
+    distance of μ(s) from a. If Q were linear in a, the policy would with w = 1 move away from the
+    data by as much as their actions scatter, whatever the rewards, and from w = 2 on without end.
     """
     rms = gains.detach().square().mean().sqrt()
     return squared_errors.mean().log() - q_weight * gains.mean() / rms
@@ -334,8 +333,8 @@ class CIQL(nn.Module):
     def targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Q̄(s,a), the target of V, and y = r + γ V(s'), the target of Q: (B,) each.
 
-        A ``policy_share`` of V(s') is Q̄(s', μ(s')) instead, as in TD3+BC (Fujimoto and Gu, 2021,
-        arXiv 2106.06860).
+        A ``policy_share`` of V(s') is Q̄(s', μ(s')) instead. All of it is as in TD3+BC (Fujimoto
+        and Gu, 2021, arXiv 2106.06860), but for its noise and its average of the policy.
         """
         c = self.config
         q_bar = self.target_critic(batch.observations, batch.actions).amin(0)
@@ -363,8 +362,9 @@ class CIQL(nn.Module):
     def losses(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         """The sum of the losses of V, Q and π without the penalty, (), and figures for the log.
 
-        Targets and advantage have no gradient, so each loss trains its own network alone, and one
-        backward pass serves all three. Do not change ``batch`` in place: the penalty reads it, too.
+        Targets, advantage and the weights of Q̄ have no gradient, so each loss trains its own
+        network alone, and one backward pass serves all three. Do not change ``batch`` in place: the
+        penalty reads it, too.
         """
         c = self.config
         s = batch.observations
@@ -396,7 +396,7 @@ class CIQL(nn.Module):
         return loss, {name: figure.detach() for name, figure in metrics.items()}
 
     def off_data_actions(self, batch: Transitions) -> Tensor:
-        """ā of the penalty, uniform in the action box: (B, num_neg, action_dim)."""
+        """ā of the penalty, uniform in the action box, no gradient: (B, num_neg, action_dim)."""
         size = (len(batch.rewards), self.config.num_neg, self.action_dim)
         return torch.empty(size, device=self.device).uniform_(-1, 1)
 
@@ -459,7 +459,7 @@ class CIQL(nn.Module):
     def backward_of_penalty(self, batch: Transitions) -> Metrics:
         """Add the gradient of the penalty to that of the losses; returns its figures for the log.
 
-        After the first steps the gaps are nearly always below 0, where ReLU has no gradient. So on
+        With uniform ā the gaps are soon nearly always below 0, where ReLU has no gradient. So on
         the CPU they are first measured roughly, by a forward pass alone, and computed only where
         the clamp may be open; the gaps of other steps are logged as measured. On CUDA the host
         would have to wait for the measure, so there the backward pass is always made.
@@ -680,8 +680,6 @@ def use_machine(config: Config, stack: contextlib.ExitStack) -> Config:
 
     Returns ``config`` with the number of threads, as another one gives other last digits.
     """
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("train needs the main thread, for signals and torch's random numbers")
     threads = torch.get_num_threads()
     stack.callback(torch.set_num_threads, threads)
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -924,8 +922,6 @@ def check_transitions(data: Transitions, env: Any, name: str) -> Transitions:
                 f"{name}: {key} are of shape {shape}, but the environment's of {space.shape}; set"
                 " env_id to that of the recording"
             )
-    if len(data.rewards) < 2:
-        raise InputError(f"{name}: training needs two transitions at least")
     for key, column in data._asdict().items():
         if not column.isfinite().all():
             raise InputError(f"{name}: {key} hold NaN or infinite values; remove those episodes")
@@ -1070,8 +1066,6 @@ def open_environment(env_id: str, with_pictures: bool = False) -> Iterator[Any]:
             yield env
     except (gymnasium.error.Error, ImportError) as error:
         raise InputError(f"env_id is {env_id}: {error}") from error
-    except SystemExit as error:  # it would look like a complete run
-        raise RuntimeError(f"{env_id} called sys.exit") from error
 
 
 def middle_and_half(box: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -1147,9 +1141,9 @@ def write_film(path: Path, policy: nn.Module, config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------ records
-# These settings change nothing of what a run learns, but for last digits, and random numbers of
-# another device: its name is without them, and a resumed run may have others. All that are not
-# here have to stay. So a setting of your own is a line in Config.
+# A resumed run may have other values of these settings, and its name is without them. They change
+# last digits at most (max_steps with policy_lr_decay: the rate to come). So a setting of your own
+# is a line in Config.
 NEUTRAL_SETTINGS = {
     "dataset",  # the data and the environment are compared themselves
     "env_id",
@@ -1296,6 +1290,7 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoint.pt: all that the steps to come depend on, besides settings and data."""
+        self.means()  # which raises before a run that diverged replaces the last that had not
         agent = self.agent
         checkpoint = {
             "step": agent.steps,
@@ -1303,7 +1298,6 @@ class Run:
             "sums": self.sums,
             "agent": agent.training_state(),
             "policy": agent.evaluated_policy().state_dict(),
-            "dims": (agent.observation_dim, agent.action_dim),
             "random_state": get_random_state(agent.device),
         }
         content = io.BytesIO()
@@ -1330,20 +1324,24 @@ class Run:
             figure = torch.as_tensor(figure).detach()
             self.sums[name] = (total + figure, count + 1)
 
-    def log_losses(self) -> None:
-        """Print and log the means of the metrics since the last such line.
+    def means(self) -> Row:
+        """The means of the metrics since the last line of losses.
 
         Raises FloatingPointError if one is NaN or infinite.
         """
-        step = self.agent.steps
-        means = {}
-        for name, (total, count) in self.sums.items():
-            means[name] = float(total) / count
-            if not math.isfinite(means[name]):
+        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
                 raise FloatingPointError(
-                    f"{name} became NaN or infinite up to step {step:,}; lower lr, beta or"
-                    " max_weight, or scale the rewards"
+                    f"{name} became NaN or infinite up to step {self.agent.steps:,}; lower lr,"
+                    " beta or q_weight, or scale the rewards"
                 )
+        return means
+
+    def log_losses(self) -> None:
+        """Print and log the means of the metrics since the last such line."""
+        step = self.agent.steps
+        means = self.means()
         self.sums = {}
         speed = (step - self.timed_step) / (time.perf_counter() - self.timed_since)
         self.log({"step": step, **means, "steps_per_second": speed})
@@ -1400,8 +1398,8 @@ def load_policy(
     ``make_policy`` is the one that it was trained with. Raises InputError if it cannot be read.
     """
     checkpoint = load_checkpoint(run)
-    observation_dim, action_dim = checkpoint["dims"]
-    policy = make_policy(observation_dim, action_dim, checkpoint["config"])
+    facts = checkpoint["facts"]
+    policy = make_policy(facts["observation_dim"], facts["action_dim"], checkpoint["config"])
     policy.load_state_dict(checkpoint["policy"])
     return policy.eval()
 

@@ -271,10 +271,11 @@ def test_leaving_out_a_closed_clamp_is_exact(dtype):
     assert_same_weights(measured, always)
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(("spread", "steps"), [(0.0, 100), (1.0, 0), (30.0, 100)])
-def test_rough_measure_knows_how_rough_it_is(spread, steps):
+def test_rough_measure_knows_how_rough_it_is(spread, steps, layer_norm):
     """Its error is below its margin, so no gap that is open is ever called closed."""
-    agent = started(small(num_neg=K, alpha=5.0, lr=1e-3))
+    agent = started(small(num_neg=K, alpha=5.0, lr=1e-3, layer_norm=layer_norm))
     agent.rough_dtype = torch.bfloat16
     for parameter in agent.critic.parameters():
         parameter.data += spread * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
