@@ -60,8 +60,8 @@ IQL = {
 DDPG_BC = {"alpha": 0.0, "tau": 0.7, "policy_lr_decay": True, "q_weight": 1.0}
 # Q bootstraps from the mean of V(s') and the Q of the policy's action
 MIXED_TARGETS = DDPG_BC | {"q_weight": 0.5, "policy_share": 0.5, "layer_norm": True}
-POLICY_TARGETS = MIXED_TARGETS | {"policy_share": 1.0}  # from that Q alone, as in TD3+BC
-NEAR = {"alpha": 1.0, "num_neg": 2}  # of NearActions, for these two
+POLICY_TARGETS = MIXED_TARGETS | {"policy_share": 1.0}  # from that Q alone
+NEAR = {"alpha": 1.0, "num_neg": 2}  # for NearActions and such targets
 METHODS = {
     "CIQL": Method(ciql.CIQL, {}),
     "IQL": Method(ciql.CIQL, IQL),
