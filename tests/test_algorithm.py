@@ -272,10 +272,12 @@ def test_leaving_out_a_closed_clamp_is_exact(dtype):
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("batch_size", [4, 32, 256])
 @pytest.mark.parametrize(("spread", "steps"), [(0.0, 100), (1.0, 0), (30.0, 100)])
-def test_rough_measure_knows_how_rough_it_is(spread, steps, layer_norm):
+def test_rough_measure_knows_how_rough_it_is(spread, steps, batch_size, layer_norm):
     """Its error is below its margin, so no gap that is open is ever called closed."""
-    agent = started(small(num_neg=K, alpha=5.0, lr=1e-3, layer_norm=layer_norm))
+    settings = {"num_neg": K, "alpha": 5.0, "lr": 1e-3, "layer_norm": layer_norm}
+    agent = started(small(batch_size=batch_size, **settings))
     agent.rough_dtype = torch.bfloat16
     for parameter in agent.critic.parameters():
         parameter.data += spread * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
@@ -293,7 +295,8 @@ def test_rough_measure_knows_how_rough_it_is(spread, steps, layer_norm):
         assert ((gaps - exact).abs() < margin).all()
         errors.append((gaps - exact).abs().max().item())
         scale = agent.critic(batch.observations, batch.actions).abs().mean(-1)
-        assert (margin < scale / 64 + exact.abs() / 64).all()  # else nothing would be closed
+        # else hardly any would be closed
+        assert (margin < (scale + exact.abs()) / (10 * batch_size**0.5)).all()
     assert max(errors) > 1e-5  # it is rough indeed
 
     agent.rough_dtype = torch.float32
