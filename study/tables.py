@@ -187,5 +187,7 @@ def draw(folder: Path) -> None:
         axes.tick_params(axis="x", labelrotation=45)
         axes.grid(alpha=0.3)
         axes.set(xlabel="gradient steps", ylabel="return of an episode")
-        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3)
+        _, labels = axes.get_legend_handles_labels()
+        columns = max(1, min(3, 75 // max(map(len, labels))))  # no wider than the panel
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=columns)
     figure.savefig(folder / "study_returns.png", dpi=100)

@@ -132,3 +132,16 @@ def test_picture(study_of, monkeypatch):
     assert labels == ["IQL (4 seeds)", "own (2 seeds)", "data, 800"]
     cloning, iql, *_ = figures[1].axes[0].get_lines()
     assert iql.get_color() == mean.get_color() != cloning.get_color()
+
+
+def test_long_names_of_a_grid_fit_into_the_picture(study_of, monkeypatch):
+    figures = []
+    monkeypatch.setattr(tables.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    names = [f"CIQL alpha=0 beta={beta} tau=0.8 clamp_advantage=True" for beta in (1, 2, 3)]
+    tables.draw(study_of(*tables_of({name: [900.0, 1000.0] for name in names})))
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend().get_window_extent()
+    assert legend.x0 > 0 and legend.x1 < figure.bbox.x1
+    assert axes.bbox.width > 0.7 * figure.bbox.width
